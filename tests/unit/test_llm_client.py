@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import httpx
 import pytest
 
 from webdancer.config import LlmConfig
-from webdancer.errors import ServiceError
-from webdancer.llm.answers import AnswerLog
+from webdancer.errors import DataError, ServiceError
+from webdancer.llm.answers import AnswerLog, ChatAnswer
 from webdancer.llm.client import ChatModel, ChatRefused, NoUsableReply, json_object
 from webdancer.tools.fetch import Fetcher
 
@@ -105,6 +106,29 @@ def test_an_answer_is_asked_for_once_and_paid_once_over_all_starts(tmp_path):
     model = endpoint.model(AnswerLog(path), **price)
     assert asyncio.run(ask_all(model, [0, 0, 1, 2])) == [*first, "three"]
     assert (model.usage.requests, model.usage.answers, model.usage.usd) == (1, 3, 3 * (7 + 6))
+
+
+def test_of_many_answers_the_log_holds_in_memory_where_they_are(tmp_path):
+    path, count = tmp_path / "answers.jsonl", 1_000
+    tracemalloc.start()
+    log = AnswerLog(path)
+    for number in range(count):
+        log.add(f"{number:032x}", ChatAnswer(text=f"{number} " * 5_000))
+    log.close()
+    again = AnswerLog(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 10_000 * count
+    assert held < 1_000 * count
+    assert again.get(f"{count - 1:032x}").text == f"{count - 1} " * 5_000
+    assert sum(1 for _ in again.answers()) == count
+
+
+def test_a_file_that_is_no_log_of_answers_is_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"request": "r", "text": "4"}\n')
+    with pytest.raises(DataError, match="must hold answers of a chat model, got a row without 'reasoning'"):
+        Endpoint(completion("4")).model(AnswerLog(path))
 
 
 def test_the_budget_ends_the_job_before_the_next_request():

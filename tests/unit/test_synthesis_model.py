@@ -205,4 +205,4 @@ def test_a_search_is_made_once_and_an_outage_ends_the_job(tmp_path):
     assert first == again
     assert sorted(searched) == ["a", "b"]
     with pytest.raises(ServiceError, match=r"tools\.search: must be a search that answers, got: status 503"):
-        asyncio.run(KeptSearch(search, None)("down"))
+        asyncio.run(KeptSearch(search, tmp_path / "s.jsonl")("down"))

@@ -16,7 +16,7 @@ from synthetic_run import make_group, make_scored
 from webdancer.config import load
 from webdancer.errors import DataError, ServiceError
 from webdancer.telemetry import Telemetry
-from webdancer.telemetry.jsonl import JsonlWriter, read_jsonl
+from webdancer.telemetry.jsonl import JsonlWriter, KeyedRows, read_jsonl
 from webdancer.telemetry.recorder import TrajectoryRecorder, read_trajectories, unpack_array
 from webdancer.telemetry.telemetry import PHASES_FILE, read_metrics
 from webdancer.types import Task
@@ -40,6 +40,31 @@ def test_a_file_cut_anywhere_reads_as_its_whole_lines_and_goes_on_after_them(tmp
     writer.write({"after": 1})
     writer.close()
     assert list(read_jsonl(path)) == [*whole, {"after": 1}]
+
+
+def test_rows_by_key_are_those_of_whole_lines_wherever_the_job_was_killed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    said = {"a": "Zürich\n\u2028", "b\udc80": "", "c": "x" * 50}
+
+    def write():
+        rows = KeyedRows(path, "asked")
+        known = [key for key in said if rows.get(key)]
+        for key, value in said.items():
+            if rows.get(key) is None:
+                rows.add(key, {"said": value})
+        assert [rows.get(key)["said"] for key in said] == list(said.values())
+        rows.close()
+        return len(known)
+
+    assert write() == 0
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        assert write() == whole[:end].count(b"\n")
+        assert path.read_bytes() == whole
+    path.write_text('{"asked": 1}\n')
+    with pytest.raises(DataError, match="asked: must be a text in every row, got int"):
+        KeyedRows(path, "asked")
 
 
 def test_a_torn_line_longer_than_the_read_block_is_cut(tmp_path):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdancer.telemetry.jsonl import JsonlWriter, read_jsonl
+from webdancer.errors import DataError
+from webdancer.telemetry.jsonl import KeyedRows, read_jsonl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,33 +30,37 @@ class ChatAnswer:
     completion_tokens: int = 0
 
 
-class AnswerLog:
-    """Answers by request. Without a path they are kept in memory only."""
+_FIELDS = tuple(field.name for field in dataclasses.fields(ChatAnswer))
 
-    def __init__(self, path: Path | None = None) -> None:
+
+class AnswerLog:
+    """Answers by request. They stay in the file; in memory is where each stands there."""
+
+    def __init__(self, path: Path) -> None:
         """Raises DataError for a file that is not such a log; a torn last line is cut off."""
-        self._known: dict[str, ChatAnswer] = {}
-        self._writer = JsonlWriter(path) if path is not None else None
-        fields = {field.name for field in dataclasses.fields(ChatAnswer)}
-        for row in read_jsonl(path) if path is not None else ():
-            self._known[str(row["request"])] = ChatAnswer(**{name: value for name, value in row.items() if name in fields})
+        self._path = path
+        self._rows = KeyedRows(path, "request")
 
     def get(self, request: str) -> ChatAnswer | None:
-        return self._known.get(request)
+        row = self._rows.get(request)
+        return None if row is None else self._answer(row)
 
     def add(self, request: str, answer: ChatAnswer) -> None:
         """Raises ServiceError where the disk takes no more."""
-        if self._writer is not None:
-            self._writer.write({"request": request, **dataclasses.asdict(answer)})
-        self._known[request] = answer
+        self._rows.add(request, dataclasses.asdict(answer))
 
-    def answers(self) -> tuple[ChatAnswer, ...]:
+    def answers(self) -> Iterator[ChatAnswer]:
         """Of this start and of all before it, in the order in which they came."""
-        return tuple(self._known.values())
+        return (self._answer(row) for row in read_jsonl(self._path))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._rows.close()
+
+    def _answer(self, row: Mapping[str, Any]) -> ChatAnswer:
+        try:
+            return ChatAnswer(**{name: row[name] for name in _FIELDS})
+        except KeyError as error:
+            raise DataError(f"{self._path}: must hold answers of a chat model, got a row without {error}") from error
 
 
 def request_key(payload: Mapping[str, Any], sample: int) -> str:

@@ -64,19 +64,19 @@ class ChatModel:
     def __init__(
         self, config: LlmConfig, *, log: AnswerLog | None = None, open_fetcher: OpenFetcher = Fetcher, variable: str = keys.LLM
     ) -> None:
-        """log: where answers are kept; it is closed with the model. variable: of the environment, that may hold the endpoint's key."""
+        """log: where answers are kept, if anywhere; closed with the model. variable: of the environment, with the endpoint's key."""
         origin = "/".join(config.base_url.split("/")[:3])
         policy = FetchPolicy(allowed_origins=(origin,), allowed_ports=(), max_redirects=0, timeout_s=config.timeout_s, max_bytes=20_000_000)
         self.usage = Usage()
         self._config = config
-        self._log = log or AnswerLog()
+        self._log = log
         self._fetcher = open_fetcher(policy)
         self._url = config.base_url.rstrip("/") + "/chat/completions"
         self._key = keys.optional_key(variable)
         self._places = asyncio.Semaphore(config.max_concurrent)
         self._pace = Schedule(0.0)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        for answer in self._log.answers():
+        for answer in log.answers() if log else ():
             self._bill(answer)
 
     async def chat(
@@ -95,11 +95,10 @@ class ChatModel:
         if stop:
             payload["stop"] = list(stop)
         request = request_key(payload, sample)
-        if (known := self._log.get(request)) is not None:
-            return known
         # Two answers to one request would leave it to chance which of them a resumed job finds in the log.
         async with self._locks.setdefault(request, asyncio.Lock()):
-            return self._log.get(request) or await self._asked(request, payload)
+            known = self._log.get(request) if self._log else None
+            return known or await self._asked(request, payload)
 
     async def chat_json(
         self,
@@ -129,14 +128,16 @@ class ChatModel:
 
     async def aclose(self) -> None:
         await self._fetcher.aclose()
-        self._log.close()
+        if self._log:
+            self._log.close()
 
     async def _asked(self, request: str, payload: Mapping[str, Any]) -> ChatAnswer:
         async with self._places:
             if 0 < self._config.budget_usd <= self.usage.usd:
                 raise ServiceError(f"budget_usd: must pay for the whole job, got {self._config.budget_usd:g}, which is spent")
             answer = await self._persistently(payload)
-        self._log.add(request, answer)
+        if self._log:
+            self._log.add(request, answer)
         self._bill(answer)
         return answer
 

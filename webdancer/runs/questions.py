@@ -158,8 +158,8 @@ async def _search(config: Config, pages: Iterable[CrawledPage]) -> AsyncIterator
     backend = open_backend(
         tools.search, lambda policy: PoliteFetcher(policy, tools.polite, provider=provider, quota=ledger, patience_s=_PATIENCE_S)
     )
-    # Where a model builds on what was found, the same must be found when the job goes on.
-    kept = KeptSearch(backend.search, Path(config.run_dir) / "searches.jsonl" if config.synthesis.llm.base_url else None)
+    # What was found must be found again when the job goes on, as questions build on it, and is not paid for twice.
+    kept = KeptSearch(backend.search, Path(config.run_dir) / "searches.jsonl")
     try:
         yield kept
     finally:

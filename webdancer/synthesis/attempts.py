@@ -11,7 +11,6 @@ resumed ends with the very same files as one that was not.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from webdancer.config import PromptConfig, SampleConfig
 from webdancer.data.demonstrations import trajectory_to_row
 from webdancer.errors import DataError
 from webdancer.synthesis.funnel import Attempt, Outcome, attempt_of
-from webdancer.telemetry.jsonl import JsonlWriter
+from webdancer.telemetry.jsonl import JsonlWriter, read_placed
 from webdancer.types import ScoredTrajectory, Task
 
 State = str
@@ -60,7 +59,7 @@ class AttemptLog:
         self.path = path
         self._writer = JsonlWriter(path)
         self._records: dict[str, dict[int, Record]] = {}
-        for offset, row in _lines(path):
+        for offset, row in read_placed(path):
             record = _record(row, offset, path)
             if not record.outcome.is_undecided:
                 self._records.setdefault(record.task_id, {})[record.attempt] = record
@@ -71,9 +70,7 @@ class AttemptLog:
 
     def add(self, scored: ScoredTrajectory, outcome: Outcome, *, attempt: int, prompt: PromptConfig) -> Record:
         row = attempt_row(scored, outcome, attempt=attempt, prompt=prompt)
-        offset = os.path.getsize(self.path)
-        self._writer.write(row)
-        record = _record(row, offset, self.path)
+        record = _record(row, self._writer.write(row), self.path)
         self._records.setdefault(record.task_id, {})[attempt] = record
         return record
 
@@ -133,18 +130,6 @@ def _state(records: Sequence[Record], accepted: Sequence[Record]) -> State:
     if accepted:
         return DEMONSTRATED
     return UNDECIDED if all(record.outcome.is_undecided for record in records) else UNSOLVED
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: must hold JSON lines, got: {error}") from error
-            yield offset, row
-            offset += len(line)
 
 
 def _record(row: Mapping[str, Any], offset: int, path: Path) -> Record:

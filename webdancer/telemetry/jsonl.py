@@ -22,8 +22,8 @@ class JsonlWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._file).st_size
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Raises ServiceError where the disk takes no more; the file then ends with the last whole line."""
+    def write(self, row: Mapping[str, Any]) -> int:
+        """Where the line begins. Raises ServiceError where the disk takes no more; the file then ends with the last whole line."""
         text = json.dumps(_finite(row), ensure_ascii=False, separators=(",", ":")) + "\n"
         line = text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udc80, which is JSON's escape for it
         try:
@@ -34,6 +34,7 @@ class JsonlWriter:
             os.ftruncate(self._file, self._size)
             raise ServiceError(f"{self.path}: must be writable, got: {error}") from error
         self._size += len(line)
+        return self._size - len(line)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -43,13 +44,53 @@ class JsonlWriter:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows in order; no file gives none. A torn last line is passed over, any other broken line is a DataError with its number."""
+    return (row for _, row in read_placed(path))
+
+
+def read_placed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same, each row after the offset at which its line begins."""
     if not path.exists():
         return
     with path.open("rb") as file:
+        offset = 0
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            yield _row(line, path, number)
+            yield offset, _row(line, path, number)
+            offset += len(line)
+
+
+class KeyedRows:
+    """What was found out, by what was asked, in a file: whoever starts again has it. In memory are keys and offsets, 200 bytes a row.
+
+    Every row has its key in one column. Of several rows of one key the last one counts.
+    """
+
+    def __init__(self, path: Path, column: str) -> None:
+        """Reads the file; a torn last line is cut off. Raises DataError for one that is of another kind."""
+        self._writer = JsonlWriter(path)
+        self._column = column
+        self._offsets: dict[str, int] = {}
+        for offset, row in read_placed(path):
+            if not isinstance(row.get(column), str):
+                raise DataError(f"{path}: {column}: must be a text in every row, got {type(row.get(column)).__name__}")
+            self._offsets[row[column]] = offset
+        self._file = path.open("rb")
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        if (offset := self._offsets.get(key)) is None:
+            return None
+        self._file.seek(offset)
+        row: dict[str, Any] = json.loads(self._file.readline())
+        return row
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Raises ServiceError where the disk takes no more."""
+        self._offsets[key] = self._writer.write({self._column: key, **row})
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
 
 
 def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
