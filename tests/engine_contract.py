@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from webdancer.errors import DataError, EngineFault
 from webdancer.inference.canary import compare, probe
+from webdancer.inference.checksum import checksum, numbers
 from webdancer.inference.exact import processed_logits
 from webdancer.types import Sampling
 
@@ -284,6 +285,38 @@ async def check_refuses_a_corrupt_export(engine, model, directory: Path) -> None
     assert engine.version == version - 1
     assert engine.broken is None
     await check_score(engine, model)
+
+
+async def check_a_direct_update(engine, model) -> None:
+    """Tensors themselves, in parts, and then the sender's checksums: the engine scores as the model does."""
+    for name in ("model.layers.0.self_attn.v_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        perturb(model, name)
+    sums = await send_directly(engine, dict(model.named_parameters()))
+    await engine.finish_update(engine.version + 1, sums)
+    await check_score(engine, model)
+
+
+async def check_breaks_on_corrupt_bytes(engine, model) -> None:
+    """One bit of one tensor fell over on its way, too small for the canary: the update fails by the tensor's name."""
+    name, version = "model.layers.1.mlp.up_proj.weight", engine.version
+    sums = await send_directly(engine, dict(model.named_parameters()), corrupt=name)
+    with pytest.raises(EngineFault, match=f"{name} must have the checksum of what was sent"):
+        await engine.finish_update(version + 1, sums)
+    assert engine.broken
+    assert engine.version == version
+    with pytest.raises(EngineFault):
+        await engine.complete([5, 6], sampling=Sampling(), max_tokens=3, session="x")
+
+
+async def send_directly(engine, tensors, *, corrupt: str = "") -> dict[str, int]:
+    await engine.begin_update()
+    names = list(tensors)
+    for part in (names[:3], names[3:]):
+        arrived = {name: tensors[name].clone() for name in part}
+        if corrupt in arrived:
+            arrived[corrupt].view(torch.int32)[0, 0] ^= 1  # the last bit of a mantissa
+        await engine.receive_weights({"tensors": arrived})
+    return numbers({name: checksum(tensor) for name, tensor in tensors.items()})
 
 
 async def check_cancel_frees_the_request(engine) -> None:

@@ -73,13 +73,13 @@ class Sync:
         if self._sender is None:
             self._sender = await asyncio.to_thread(self._open, asyncio.get_running_loop())
         await asyncio.to_thread(self._sender.send_weights)
-        return dict(await self._engine.finish_update(version))
+        return dict(await self._engine.finish_update(version, self._source.checksums()))
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Any:
         from webdancer.inference.weight_send import GatheredWeights, open_sender
 
-        source = GatheredWeights(self._learner.tensor_specs(), self._learner.gathered_weights)
-        return open_sender("ipc", source, LocalClient(self._engine, loop), rank=0, address="127.0.0.1", port=0, num_engine_ranks=1)
+        self._source = GatheredWeights(self._learner.tensor_specs(), self._learner.gathered_weights)
+        return open_sender("ipc", self._source, LocalClient(self._engine, loop), rank=0, address="127.0.0.1", port=0, num_engine_ranks=1)
 
 
 def used_gib(*, on_gpu: bool) -> float:

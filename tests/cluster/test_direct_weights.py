@@ -14,6 +14,7 @@ from webdancer.cluster.weight_sync import WeightPublisher
 from webdancer.config import WeightSyncConfig
 from webdancer.errors import CanaryError, EngineFault
 from webdancer.inference.canary import compare, probe
+from webdancer.inference.checksum import checksum, numbers
 from webdancer.inference.exact import ExactEngine
 
 PROBE = probe(contract.VOCAB, max_length=16)
@@ -64,6 +65,7 @@ class FakeLearner:
     def __init__(self, model) -> None:
         self.model, self.version, self.workers = model, 0, []
         self.connected, self.written = [], 0
+        self.arrives = lambda engine, tensors: tensors
 
     def step(self):
         self.version += 1
@@ -77,7 +79,10 @@ class FakeLearner:
     async def send_weights(self):
         await asyncio.gather(*(worker.begin_update.remote() for worker in self.workers))
         tensors = dict(self.model.named_parameters())
-        await asyncio.gather(*(worker.receive_weights.remote({"tensors": tensors}) for worker in self.workers))
+        await asyncio.gather(
+            *(worker.receive_weights.remote({"tensors": self.arrives(n, tensors)}) for n, worker in enumerate(self.workers))
+        )
+        return numbers({name: checksum(tensor) for name, tensor in tensors.items()})
 
     async def export_weights(self, directory, version):
         self.written += 1
@@ -139,8 +144,8 @@ def test_an_engine_that_computes_something_else_is_replaced(tmp_path):
         learner, pool, weights, _ = await make_setting(tmp_path, engines=2)
         finish = pool.workers[1].engine.finish_update
 
-        async def spoilt(version):
-            timing = await finish(version)
+        async def spoilt(version, checksums):
+            timing = await finish(version, checksums)
             pool.workers[1].engine._model.model.norm.weight.mul_(1.5)
             return timing
 
@@ -150,6 +155,27 @@ def test_an_engine_that_computes_something_else_is_replaced(tmp_path):
         ((name, reason),) = pool.retired
         assert name == "rollout-1"
         assert "canary" in reason
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_got_other_bytes_is_replaced_and_the_others_go_on(tmp_path):
+    """A change that the canary would let pass."""
+
+    async def run():
+        learner, pool, weights, _ = await make_setting(tmp_path, engines=2)
+        name = "model.layers.0.mlp.up_proj.weight"
+
+        def arrives(engine, tensors):
+            return tensors | ({name: tensors[name] * (1 + 1e-7)} if engine == 1 else {})
+
+        learner.arrives = arrives
+        figures = await weights.publish(learner.step())
+        assert (figures["engine/workers"], figures["sync/quarantined"]) == (1, 1)
+        ((retired, reason),) = pool.retired
+        assert retired == "rollout-1"
+        assert f"weights: {name} must have the checksum of what was sent" in reason
+        assert await difference(pool.workers[0].engine, learner) < 1e-3
 
     asyncio.run(run())
 

@@ -12,10 +12,41 @@ from tests import engine_contract as contract
 
 pytest.importorskip("vllm")
 
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
 from webdancer.config import EngineConfig
 from webdancer.errors import EngineFault
 from webdancer.inference.engine import VllmEngine
+from webdancer.inference.weight_import import WeightTransfer
 from webdancer.types import Sampling
+
+
+class TensorEngine(WeightTransferEngine):
+    """The worker's end of a direct transfer where there is no GPU: the tensors are in the update itself."""
+
+    init_info_cls = WeightTransferInitInfo
+
+    def parse_update_info(self, update_dict):
+        return update_dict
+
+    def init_transfer_engine(self, init_info): ...
+
+    def start_weight_update(self): ...
+
+    def finish_weight_update(self): ...
+
+    def shutdown(self): ...
+
+    def receive_weights(self, update_info):
+        self.model.load_weights(list(update_info["tensors"].items()))
+
+
+class TensorTransfer(WeightTransfer):
+    direct_cls = TensorEngine
+
+
+WeightTransferEngineFactory.register_engine("webdancer_tensors", TensorTransfer)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -24,7 +55,7 @@ def setting(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = contract.make_model(path, tied=request.param == "tied")
     with asyncio.Runner() as runner:
-        engine = start(runner, path)
+        engine = start(runner, path, weight_backend="tensors")
         yield runner.run, engine, model
         runner.run(engine.stop())
 
@@ -53,6 +84,11 @@ def test_ends(setting):
 def test_every_tensor_arrives(setting, tmp_path):
     run, engine, model = setting
     run(contract.check_every_tensor_arrives(engine, model, tmp_path))
+
+
+def test_weights_that_come_directly(setting):
+    run, engine, model = setting
+    run(contract.check_a_direct_update(engine, model))
 
 
 def test_an_update_in_mid_generation(setting, tmp_path):
@@ -98,8 +134,11 @@ def test_the_engine_in_processes_of_its_own(tmp_path):
 def test_keys_and_values_can_be_kept(tmp_path, in_process):
     model = contract.make_model(tmp_path / "model", tied=True)
     with asyncio.Runner() as runner:
-        engine = start(runner, tmp_path / "model", kv_cache_on_update="keep", in_process=in_process)
+        backend = "tensors" if in_process else "file"
+        engine = start(runner, tmp_path / "model", kv_cache_on_update="keep", in_process=in_process, weight_backend=backend)
         runner.run(contract.check_update_that_keeps_the_cache(engine, model, tmp_path / "a"))
+        if in_process:
+            runner.run(contract.check_breaks_on_corrupt_bytes(engine, model))
         runner.run(engine.stop())
 
 

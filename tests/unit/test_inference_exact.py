@@ -45,6 +45,14 @@ def test_takes_new_weights(engine_and_model, tmp_path):
     asyncio.run(checks())
 
 
+def test_takes_weights_directly_and_refuses_corrupt_ones(engine_and_model):
+    async def checks():
+        await contract.check_a_direct_update(*engine_and_model)
+        await contract.check_breaks_on_corrupt_bytes(*engine_and_model)
+
+    asyncio.run(checks())
+
+
 def test_keys_and_values_can_be_kept(tmp_path):
     model = contract.make_model(tmp_path / "model", tied=True)
 

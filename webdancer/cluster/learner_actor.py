@@ -33,6 +33,7 @@ class LearnerActor:
         }
         self._rank: LearnerRank | None = None
         self._sender: Any = None
+        self._source: Any = None
         self._weights: Path | None = None
 
     def place(self) -> tuple[str, str, int]:
@@ -68,17 +69,19 @@ class LearnerActor:
         assert self._rank is not None, "setup comes first"
         if self._sender is not None:
             self._sender.shutdown()
-        source = GatheredWeights(self._rank.tensor_specs(), self._rank.gathered_weights)
+        self._source = source = GatheredWeights(self._rank.tensor_specs(), self._rank.gathered_weights)
         client = EngineClient(workers, ranks_per_engine=ranks_per_engine, timeout_s=timeout_s)
         num_engine_ranks = ranks_per_engine * len(workers)
         self._sender = open_sender(
             backend, source, client, rank=self._rank.rank, address=address, port=port, num_engine_ranks=num_engine_ranks
         )
 
-    def send_weights(self) -> None:
-        """To all engines that were connected; they stand still until the publisher ends their update."""
+    def send_weights(self) -> dict[str, int]:
+        """To all engines that were connected; they stand still until the publisher ends their update with the checksums given here."""
         assert self._sender is not None, "connect_engines comes first"
         self._sender.send_weights()
+        checksums: dict[str, int] = self._source.checksums()
+        return checksums
 
     def wait_for_disk(self) -> None:
         """Until the checkpoint in flight is written. In the group `disk`."""

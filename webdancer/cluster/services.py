@@ -19,7 +19,8 @@ from webdancer.errors import StalledError
 from webdancer.interfaces import OnTurn
 from webdancer.rewards.judge import verdict_key
 from webdancer.rollout.watch import described
-from webdancer.tools.pieces import join, owner_key, owners, split
+from webdancer.tools.hops import Hop
+from webdancer.tools.pieces import ask_owners, owners
 from webdancer.types import (
     EpisodeLost,
     Sampling,
@@ -166,8 +167,11 @@ class RemoteLearner:
             [rank.connect_engines.remote(workers, **settings) for rank in self._ranks], stage="weights", timeout_s=self._timeout_s
         )
 
-    async def send_weights(self) -> None:
-        await answers([rank.send_weights.remote() for rank in self._ranks], stage="weights", timeout_s=self._timeout_s)
+    async def send_weights(self) -> Mapping[str, int]:
+        """The checksums of what rank 0 has sent, by tensor."""
+        sent = await answers([rank.send_weights.remote() for rank in self._ranks], stage="weights", timeout_s=self._timeout_s)
+        checksums: Mapping[str, int] = sent[0]
+        return checksums
 
     async def _all(self, method: str, *arguments: Any, **settings: Any) -> Any:
         """Rank 0's result. One rank's error is raised at once: the others would wait for it in a collective."""
@@ -232,14 +236,10 @@ class RemoteToolbox:
         self._site = site
 
     async def call(self, call: ToolCall) -> ToolResult:
-        pieces = split(call)
-        orders = [owners(owner_key(piece, site=self._site), self._servers.count) for piece in pieces]
-        if all(order[0] == orders[0][0] for order in orders):
-            pieces = [call]  # one owner: it does the splitting, in one message
-        return join(await asyncio.gather(*map(self._one, pieces, orders)))
+        return await ask_owners(call, self._ask, count=self._servers.count, site=self._site)
 
-    async def _one(self, call: ToolCall, order: Sequence[int]) -> ToolResult:
-        result: ToolResult = await self._servers.call("call", call, order=order)
+    async def _ask(self, piece: ToolCall, hop: Hop | None, order: Sequence[int]) -> ToolResult:
+        result: ToolResult = await self._servers.call("call", piece, hop, order=order)
         return result
 
 

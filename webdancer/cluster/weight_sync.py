@@ -150,14 +150,14 @@ class WeightPublisher:
         began = time.perf_counter()
         try:
             await self._connect(workers)
-            await self._learner.send_weights()
+            checksums = await self._learner.send_weights()
         except Exception as error:  # whatever it is: the engines hold a mixture of weights
             log.warning("the transfer of version %d failed: %s", version, error)
             self._connected = ()
             return time.perf_counter() - began, [f"{type(error).__name__}: {error}"] * len(workers)
         sent_s = time.perf_counter() - began
         scores = [score[1:] for score in await self._learner.score(self._probe)]
-        finishing = [self._checked(worker, worker.handle.finish_update.remote(version), scores, version) for worker in workers]
+        finishing = [self._checked(worker, worker.handle.finish_update.remote(version, checksums), scores, version) for worker in workers]
         outcomes = await asyncio.gather(*finishing)
         await self._replace_current(None)
         return sent_s, outcomes

@@ -51,7 +51,7 @@ class Engine(Policy, Protocol):
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> None: ...
 
-    async def finish_update(self, version: int) -> Mapping[str, float]: ...
+    async def finish_update(self, version: int, checksums: Mapping[str, int] | None = None) -> Mapping[str, float]: ...
 
     async def stats(self) -> Mapping[str, float]: ...
 
@@ -242,8 +242,8 @@ class RolloutWorker:
     async def receive_weights(self, update_info: Mapping[str, Any]) -> None:
         await self._engine.receive_weights(update_info)
 
-    async def finish_update(self, version: int) -> Mapping[str, float]:
-        return await self._engine.finish_update(version)
+    async def finish_update(self, version: int, checksums: Mapping[str, int]) -> Mapping[str, float]:
+        return await self._engine.finish_update(version, checksums)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         return await self._engine.score(sequences)

@@ -152,10 +152,13 @@ class VllmEngine:
         async with self._or_broken():
             await self._ready().rpc("update_weights", update_info=_plain(update_info))
 
-    async def finish_update(self, version: int) -> Mapping[str, float]:
-        """All weights have come, and are `version`'s: the requests go on. Seconds, see `load_weights`."""
+    async def finish_update(self, version: int, checksums: Mapping[str, int] | None = None) -> Mapping[str, float]:
+        """All weights have come, and are `version`'s: the requests go on. Seconds, see `load_weights`. `checksums`: the sender's, of what
+        came directly; bytes that differ from what was sent break the engine."""
         async with self._or_broken():
             core = self._ready()
+            if checksums is not None:
+                await core.rpc("update_weights", update_info={"checksums": dict(checksums)})
             await core.rpc("finish_weight_update")
             await core.set_version(str(version))
             if not self._keeps_cache:

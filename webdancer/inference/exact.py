@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from webdancer.errors import EngineFault
+from webdancer.inference.checksum import check, checksum, numbers
 from webdancer.inference.manifest import read_manifest, read_verified
 from webdancer.interfaces import Tokenizer
 from webdancer.types import Completion, FinishReason, Sampling, VersionSpan
@@ -68,6 +69,7 @@ class ExactEngine:
         self._moving.set()
         self._update_began = 0.0
         self._received: set[str] = set()
+        self._sums: dict[str, torch.Tensor] = {}
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         self._model: Any = None
         self.version = version
@@ -128,6 +130,7 @@ class ExactEngine:
         self._moving.clear()
         self._update_began = time.perf_counter()
         self._received = set()
+        self._sums = {}
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> None:
         """The path of an export, or tensors by name."""
@@ -137,11 +140,14 @@ class ExactEngine:
                 for file in read_manifest(update_info["path"]).files:
                     self._received |= _load(model, load_file(file.path))
             else:
+                self._sums |= {name: checksum(tensor) for name, tensor in update_info["tensors"].items()}
                 self._received |= _load(model, update_info["tensors"])
 
-    async def finish_update(self, version: int) -> Mapping[str, float]:
+    async def finish_update(self, version: int, checksums: Mapping[str, int] | None = None) -> Mapping[str, float]:
         model = self._ready()
         with self._or_broken():
+            if checksums is not None:
+                check(checksums, numbers(self._sums))
             if missing := {name for name, _ in model.named_parameters()} - self._received:
                 raise ValueError(f"the update must hold all of the model's parameters, got none for {sorted(missing)[:3]}")
         self.version = version

@@ -4,6 +4,8 @@
     nccl    a broadcast from rank 0 of the learner to engines on other GPUs
     ipc     handles on memory of the GPU that engine and learner share
 
+What came directly is compared with the sender's checksums (`checksum`) before the update ends: every tensor's bytes as they were received.
+
 vLLM imports this module in every worker process, because `worker_extension_cls` names it; importing it registers the backends. What they
 share is vLLM's layerwise reload: on CPU the linear layers are prepacked, and a tied `lm_head` is then packed again, which vLLM 0.32 forgets
 (an error of 0.7 nats, silently). The layout of the files is `webdancer.inference.manifest`'s.
@@ -11,6 +13,7 @@ share is vLLM's layerwise reload: on CPU the linear layers are prepacked, and a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from webdancer.errors import DataError
+from webdancer.inference.checksum import check, checksum, numbers
 from webdancer.inference.manifest import read_header, read_manifest
 
 
@@ -41,8 +45,30 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     path: str
 
 
+@dataclass
+class ChecksumInfo(WeightTransferUpdateInfo):
+    """What the learner has sent directly in this update, by tensor: the last part of it."""
+
+    checksums: dict[str, int]
+
+
+class _Noted:
+    """Stands before the model where tensors arrive directly, and keeps the checksum of each."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.received: dict[str, torch.Tensor] = {}
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        return self._model.load_weights((name, self._note(name, tensor)) for name, tensor in weights)
+
+    def _note(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        self.received[name] = checksum(tensor)
+        return tensor
+
+
 class WeightTransfer(WeightTransferEngine[Any, Any]):
-    """An update is a path, or what `direct_cls`, one of vLLM's own engines, takes."""
+    """An update is a path, or parts that `direct_cls`, one of vLLM's own engines, takes, and then their checksums."""
 
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
@@ -51,11 +77,17 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._direct = self.direct_cls(config, vllm_config, device, model) if self.direct_cls is not None else None
+        self._unproven = False
+        self._noted = _Noted(model)
+        if self._direct is not None:
+            self._direct.model = self._noted  # type: ignore[assignment]  # all that these engines ask of it is to load weights
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return self._direct.parse_init_info(init_dict) if self._direct is not None else super().parse_init_info(init_dict)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        if "checksums" in update_dict:
+            return ChecksumInfo(**update_dict)
         by_file = self._direct is None or "path" in update_dict
         return super().parse_update_info(update_dict) if by_file else self._direct.parse_update_info(update_dict)  # type: ignore[union-attr]
 
@@ -64,13 +96,20 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
             self._direct.init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
+        self._noted.received = {}
+        self._unproven = False
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
         """Files are loaded one by one, one layer group in memory at a time. Hashes were checked before the update began
         (`manifest.verify`); here every tensor is compared with the manifest once more. Raises DataError, naming the tensor or file."""
+        if isinstance(update_info, ChecksumInfo):
+            check(update_info.checksums, numbers(self._noted.received))
+            self._unproven = False
+            return
         if not isinstance(update_info, FileUpdateInfo):
             assert self._direct is not None
+            self._unproven = True
             self._direct.receive_weights(update_info)
             return
         model: Any = self.model
@@ -79,7 +118,9 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
             model.load_weights(load_file(file.path, device=str(self.device)).items())
 
     def finish_weight_update(self) -> None:
-        """Raises DataError where a layer got nothing."""
+        """Raises DataError where a layer got nothing, or nobody has said what the bytes that came directly should be."""
+        if self._unproven:
+            raise DataError("weights: what is sent directly must be followed by its checksums, got none")
         _check_complete(self.model)
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         if isinstance(self._direct, IPCWeightTransferEngine):
