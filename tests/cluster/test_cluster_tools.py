@@ -14,7 +14,7 @@ from tests.hostile_server import hostile_server, response
 from webdancer.cluster.calls import answer, kill, spawn
 from webdancer.cluster.servers import LedgerServer, ToolServer
 from webdancer.cluster.services import ActorChoice, RemoteToolbox
-from webdancer.config import ReplayConfig, SearchConfig, ToolsConfig
+from webdancer.config import FetchConfig, ReplayConfig, SearchConfig, ToolsConfig, VisitConfig
 from webdancer.tools.pieces import owner_key, owners
 from webdancer.types import ToolCall
 
@@ -23,6 +23,10 @@ RATE = 25.0
 
 def search(query) -> ToolCall:
     return ToolCall(name="search", arguments={"query": query})
+
+
+def visit(url) -> ToolCall:
+    return ToolCall(name="visit", arguments={"url": url, "goal": "owl"})
 
 
 @asynccontextmanager
@@ -96,6 +100,26 @@ async def test_two_nodes_together_never_exceed_a_quota_and_a_recording_of_both_i
     replay = ToolsConfig(replay=ReplayConfig(mode="replay", path=str(tmp_path / "recording")))
     async with tool_actors(replay, nodes, run_dir=tmp_path / "elsewhere", count=1) as (servers, _):
         assert await ask_all(toolbox_over(servers), queries) == set(queries)
+
+
+async def test_a_page_that_moves_to_another_host_is_asked_for_by_that_hosts_owner(nodes, tmp_path):
+    handlers = {"/y": response("<p>All about the owl.</p>"), "/retrieve": response('{"result": [[]]}', content_type="application/json")}
+    async with hostile_server(handlers) as server:
+        here = server.origin
+        other = here.replace("127.0.0.1", "localhost")
+        for number in range(8):
+            handlers[f"/{number}"] = response(status=302, location=f"{other}/y")
+        config = ToolsConfig(
+            search=SearchConfig(url=here), fetch=FetchConfig(allowed_origins=[here, other]), visit=VisitConfig(extraction_processes=0)
+        )
+        async with tool_actors(config, nodes, run_dir=tmp_path) as (servers, _):
+            toolbox = toolbox_over(servers)
+            led = [visit(f"{here}/{number}") for number in range(8)]
+            assert [owners(owner_key(call), 2)[0] for call in (led[0], visit(f"{other}/y"))] == [0, 1], "on two nodes"
+            results = await asyncio.gather(*map(toolbox.call, [*led, visit(f"{other}/y"), visit([f"{here}/0", f"{other}/y"])]))
+            assert all(result.error is None and "All about the owl." in result.text for result in results), results
+            asked = [request.split(" ")[1] for request in server.requests]
+            assert sorted(path for path in asked if path != "/retrieve") == [*(f"/{number}" for number in range(8)), "/y"]
 
 
 async def test_a_group_asks_once_and_a_pool_that_changes_costs_misses_only(nodes, tmp_path):

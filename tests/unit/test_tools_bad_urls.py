@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
+import time
 import zlib
 
 import pytest
@@ -268,4 +269,4 @@ async def test_slow_drips(tools):
 
 async def _slow_redirect(writer):
     await asyncio.sleep(0.2)
-    await redirect("/redirects")(writer)
+    await redirect(f"/redirects?{time.monotonic()}")(writer)

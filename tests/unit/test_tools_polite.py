@@ -273,6 +273,18 @@ async def test_robots_txt_in_a_circle_ends():
             await fetcher.fetch("https://site.org/a")
 
 
+async def test_robots_txt_may_be_elsewhere_on_its_own_host():
+    """Whose rules, which are just being asked for, are not waited for."""
+    rules = "User-agent: *\nDisallow: /b\n"
+    web = Web(robots_txt=(301, "", {"location": "/rules"}), rules=(200, rules, {}), a=(200, "page", {}), b=(200, "page", {}))
+    async with web.fetcher() as fetcher, asyncio.timeout(5):
+        assert (await fetcher.fetch("https://site.org/a")).text == "page"
+        with pytest.raises(NotAsked) as refused:
+            await fetcher.fetch("https://site.org/b")
+    assert refused.value.reason == "robots"
+    assert web.asked == ["https://site.org/robots.txt", "https://site.org/rules", "https://site.org/a"]
+
+
 async def test_a_redirect_obeys_the_rules_of_where_it_leads():
     web = Web(robots_txt=(200, "User-agent: *\nDisallow: /b\n", {}), a=(302, "", {"location": "https://other.org/b"}), b=(200, "x", {}))
     async with web.fetcher() as fetcher:

@@ -13,6 +13,7 @@ from webdancer.types import Task, ToolCall, ToolResult, Verdict
 if TYPE_CHECKING:
     from webdancer.inference.chat import EngineChat
     from webdancer.rewards.judge import RunningJudge
+    from webdancer.tools.hops import Hop
     from webdancer.tools.ledger import Lease, Provider
     from webdancer.tools.replay import ReplayToolbox
     from webdancer.tools.store import Said
@@ -36,8 +37,8 @@ class ToolServer:
         """Raises ConfigError, DataError or ServiceError where the tools cannot work as configured."""
         await self._opened().check()
 
-    async def call(self, call: ToolCall) -> ToolResult:
-        return await self._opened().call(call)
+    async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult:
+        return await self._opened().call(call, hop)
 
     def _opened(self) -> ReplayToolbox | WebToolbox:
         if self._toolbox is None:

@@ -38,6 +38,8 @@ class Page:
     charset: str = ""
     retry_after: str = ""
     """The header of this name, as it came."""
+    moved_to: str = ""
+    """Of a redirect that was not followed: the checked URL it leads to."""
 
     @property
     def ok(self) -> bool:
@@ -59,16 +61,17 @@ class Fetcher:
         self.policy = policy
         self._network = Network(resolve=resolve or resolve_name, transport=transport)
 
-    async def fetch(self, url: str) -> Page:
-        """GET with redirects. Raises BlockedUrl or FetchFailed; a 404 or 500 is a Page."""
+    async def fetch(self, url: str, *, follow: bool = True) -> Page:
+        """GET with redirects; without `follow` the first one is the Page. Raises BlockedUrl or FetchFailed; a 404 or 500 is a Page."""
         target = parse_target(url, self.policy)
         async with _deadline(self.policy.timeout_s):
             for _ in range(self.policy.max_redirects + 1):
                 page = await self._get(target)
-                if isinstance(page, Page):
+                if not page.moved_to or not follow:
                     return page
-                await self._follow(target, page)
-                target = page
+                moved = parse_target(page.moved_to, self.policy)
+                await self._follow(target, moved)
+                target = moved
         raise BlockedUrl("too_many_redirects", f"more than {self.policy.max_redirects} redirects")
 
     async def post_json(self, url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> Page:
@@ -98,8 +101,8 @@ class Fetcher:
     async def _follow(self, before: Target, target: Target) -> None:
         """Called before a redirect is followed; whoever has more rules than the gate raises here."""
 
-    async def _get(self, target: Target) -> Page | Target:
-        """The page, or where it moved to."""
+    async def _get(self, target: Target) -> Page:
+        """The page, or a redirect that passes the gate."""
         async with self._network.exchange("GET", target, headers=_headers("text/html,text/plain;q=0.9,*/*;q=0.5")) as exchange:
             location = exchange.headers.get("location", "")
             if exchange.status in _REDIRECTS and location:
@@ -108,7 +111,7 @@ class Fetcher:
                 if (target.scheme, moved.scheme) == ("https", "http"):
                     # Anybody on the way could answer in the page's place, and it would be remembered and recorded under the https address.
                     raise BlockedUrl("scheme", "the page leads from https to http")
-                return moved
+                return Page(url=target.url, status=exchange.status, content_type="", body=b"", moved_to=moved.url)
             return await self._read(exchange, target)
 
     async def _read(self, exchange: Exchange, target: Target) -> Page:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,10 +86,10 @@ class PoliteFetcher(Fetcher):
         self._peers: dict[str, _Peer] = {}
         self._robots = Robots(self._ask_robots) if config.robots and provider is None else None
 
-    async def fetch(self, url: str) -> Page:
+    async def fetch(self, url: str, *, follow: bool = True) -> Page:
         target = parse_target(url, self.policy)
         await self._check_robots(target)
-        return await self._politely(target, lambda: super(PoliteFetcher, self).fetch(target.url))
+        return await self._politely(target, lambda: super(PoliteFetcher, self).fetch(target.url, follow=follow))
 
     async def post_json(self, url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> Page:
         target = parse_target(url, self.policy)
@@ -170,8 +171,14 @@ class PoliteFetcher(Fetcher):
             raise NotAsked("robots", "the site's robots.txt does not allow this page")
 
     async def _ask_robots(self, url: str) -> Answer:
-        page = await self._politely(parse_target(url, self.policy), lambda: super(PoliteFetcher, self).fetch(url))
-        return Answer(page.status, page.text)
+        """Wherever it leads, without asking what robots may: a robots.txt that is elsewhere on its own host would wait for itself."""
+        for _ in range(self.policy.max_redirects + 1):
+            target = parse_target(url, self.policy)
+            page = await self._politely(target, partial(super().fetch, url, follow=False))
+            if not page.moved_to:
+                return Answer(page.status, page.text)
+            url = page.moved_to
+        raise BlockedUrl("too_many_redirects", f"more than {self.policy.max_redirects} redirects")
 
     def _name(self, target: Target) -> str:
         return target.host.removeprefix("www.") if self._provider is None else self._provider.name

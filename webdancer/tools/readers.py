@@ -32,8 +32,16 @@ class PageError(Exception):
         self.code = code
 
 
+class PageMoved(Exception):
+    """The page is elsewhere. `url` has passed the gate."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+
 class PageReader(Protocol):
-    """`locate` gives what a page is remembered by, without I/O; `read` takes that. Both raise BlockedUrl, `read` PageError and
+    """`locate` gives what a page is remembered by, without I/O; `read` takes that. Both raise BlockedUrl, `read` PageError, PageMoved and
     ProviderFailed too; `check` raises ServiceError where nothing can be read at all."""
 
     def locate(self, url: str) -> str: ...
@@ -62,7 +70,7 @@ class DirectReader:
     async def read(self, place: str) -> str:
         own_site = bool(self._site) and place.startswith(self._site + "/")
         try:
-            page = await self._fetcher.fetch(place)
+            page = await self._fetcher.fetch(place, follow=False)
         except NotAsked as error:
             raise PageError(not_asked_code(error, own_site=own_site), str(error)) from error
         except FetchFailed as error:
@@ -71,6 +79,8 @@ class DirectReader:
             if own_site and error.code in ("timeout", "dns_failure"):
                 raise PageError(UNAVAILABLE, "the server did not answer in time") from error
             raise
+        if page.moved_to:
+            raise PageMoved(page.moved_to)
         if not page.ok:
             raise _status_error(page.status, own_site=own_site)
         limit = self._config.max_page_chars

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from webdancer.config import ToolsConfig
+from webdancer.tools.hops import Hop, Moved
 from webdancer.tools.pieces import join, split
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS, REPLAY_MISS
 from webdancer.tools.store import Recording, RecordingFile, Said, question_of
@@ -18,7 +19,7 @@ RECORDING = "recording"
 
 
 class LiveToolbox(Protocol):
-    async def call(self, call: ToolCall) -> ToolResult: ...
+    async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult: ...
 
     async def check(self) -> None: ...
 
@@ -39,8 +40,8 @@ class ReplayToolbox:
         self._known: dict[str, bytes] = {}  # question -> digest of what was recorded: the members of a group all ask it
         self._file = RecordingFile(Path(config.replay.path), writable=False) if reads else None
 
-    async def call(self, call: ToolCall) -> ToolResult:
-        return join(await asyncio.gather(*map(self._one, split(call))))
+    async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult:
+        return join(await asyncio.gather(*(self._one(piece, hop) for piece in split(call))))
 
     async def check(self) -> None:
         if self._live is not None:
@@ -52,14 +53,14 @@ class ReplayToolbox:
         if self._live is not None:
             await self._live.aclose()
 
-    async def _one(self, piece: ToolCall) -> ToolResult:
+    async def _one(self, piece: ToolCall, hop: Hop | None) -> ToolResult:
         question = question_of(piece, self._config)
         if self._file is not None and (said := self._file.get(question)) is not None:
             return dataclasses.replace(said.result(), uses=(ToolUse(provider=RECORDING, hits=1),))
         if self._live is None:
             return ToolResult(text="This was never asked when the web was recorded, so there is no answer to it.", error=REPLAY_MISS)
-        result = await self._live.call(piece)
-        if self._writer is None or result.error in INFRASTRUCTURE_ERRORS:
+        result = await self._live.call(piece, hop)
+        if self._writer is None or result.error in INFRASTRUCTURE_ERRORS or isinstance(result, Moved):
             return result
         said = Said.of(result)
         if self._known.get(question) == said.digest:

@@ -19,6 +19,7 @@ from webdancer.config import ToolsConfig
 from webdancer.tools.arguments import InvalidArguments
 from webdancer.tools.extract import without_controls
 from webdancer.tools.extraction import Extraction
+from webdancer.tools.hops import Hop
 from webdancer.tools.keys import redacted
 from webdancer.tools.ledger import Ledger, Provider, Quota, open_bill, providers
 from webdancer.tools.polite import Manners
@@ -68,7 +69,7 @@ def open_tools(config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfF
     summarizer = open_summarizer(config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction)
     return {
         "search": SearchTool(backend, config.search, memory),
-        "visit": VisitTool(reader, summarizer, config.visit, memory),
+        "visit": VisitTool(reader, summarizer, config.visit, memory, config.fetch),
     }
 
 
@@ -112,10 +113,11 @@ class WebToolbox:
         self._places = asyncio.Semaphore(config.max_concurrent)
         self._call_timeout_s = call_timeout_s
 
-    async def call(self, call: ToolCall) -> ToolResult:
+    async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult:
+        """hop: of a visit of one page, for a caller that takes over at the next host (tools.pieces.ask_owners)."""
         started = time.monotonic()
         bill = open_bill()
-        result = await self._answer(call.name, call.arguments)
+        result = await self._answer(call.name, call.arguments, hop)
         return dataclasses.replace(
             result,
             text=redacted(without_controls(result.text)),
@@ -141,13 +143,13 @@ class WebToolbox:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _answer(self, name: object, arguments: Mapping[str, Any]) -> ToolResult:
+    async def _answer(self, name: object, arguments: Mapping[str, Any], hop: Hop | None) -> ToolResult:
         tool = self._tools.get(name) if isinstance(name, str) else None
         if tool is None:
             return ToolResult(text=f"There is no tool {str(name)[:80]!r}. The tools are: {', '.join(self._tools)}.", error="unknown_tool")
         try:
             async with asyncio.timeout(self._call_timeout_s), self._places:
-                return await tool(arguments)
+                return await (tool.visit(arguments, hop) if hop and isinstance(tool, VisitTool) else tool(arguments))
         except InvalidArguments as error:
             return ToolResult(text=f"Invalid arguments: {error}. Write {tool.usage}.", error="invalid_arguments")
         except ProviderFailed as error:
