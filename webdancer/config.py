@@ -116,6 +116,9 @@ class JudgeConfig:
     max_attempts: int = 3
     """Of a request that fails, or whose reply holds no verdict; then the verdict is unknown, never wrong."""
     timeout_s: float = 60.0
+    usd_per_million_prompt: float = 0.0
+    """Price of a million prompt tokens; judges spend from tools.budget_usd, as everything that is priced."""
+    usd_per_million_completion: float = 0.0
     cache_entries: int = 20_000
     """Verdicts that an actor remembers, by question, gold, answer and judge."""
     context_tokens: int = 16384

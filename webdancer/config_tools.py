@@ -120,7 +120,8 @@ class ToolsConfig:
     cache_negative_hours: float = 1.0
     """How long it is remembered that a page is not there or cannot be read."""
     budget_usd: float = 0.0
-    """Money for priced requests over all starts of the run; once it is spent the run stops, and what is finished is kept. 0: no bound."""
+    """Money for priced requests of tools and judge over all starts of the run; once it is spent the run stops, and what is finished is
+    kept. 0: no bound."""
     search: SearchConfig = field(default_factory=SearchConfig)
     visit: VisitConfig = field(default_factory=VisitConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)

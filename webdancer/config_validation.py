@@ -45,6 +45,8 @@ MAY_BE_ZERO = {
     "engine.seed",
     "judge.engine.seed",
     "judge.requests_per_s",
+    "judge.usd_per_million_prompt",
+    "judge.usd_per_million_completion",
     "judge.cache_entries",
     "model.lora.rank",
     "web.seed",

@@ -65,6 +65,7 @@ MAY_CHANGE = (
     "judge.requests_per_s",
     "judge.cache_entries",
     "judge.engine.",
+    "judge.usd_",
     "judge.max_attempts",
     "judge.timeout_s",
     "rollout.num_workers",

@@ -209,12 +209,33 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeUse:
+    """What verdicts took: requests to a model that were answered, verdicts out of the judge's memory, tokens, and money."""
+
+    requests: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float = 0.0
+
+    def __add__(self, other: JudgeUse) -> JudgeUse:
+        return JudgeUse(
+            requests=self.requests + other.requests,
+            hits=self.hits + other.hits,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            usd=self.usd + other.usd,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`unknown` means that the judge failed, which is not a wrong answer."""
+    """`unknown` means that the judge failed, which is not a wrong answer. `use`: what this verdict took, however it came out."""
 
     status: VerdictStatus
     reason: str = ""
     judge: str = ""
+    use: JudgeUse = JudgeUse()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

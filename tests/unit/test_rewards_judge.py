@@ -15,10 +15,22 @@ from tests.fakes import make_task
 from tests.virtual_time import run_virtual
 from webdancer.config import JudgeConfig
 from webdancer.errors import ServiceError
-from webdancer.rewards.judge import MAX_ANSWER_CHARS, MatchJudge, ModelJudge, OpenAIJudge, build_judge, normalise
+from webdancer.rewards.chat import Reply
+from webdancer.rewards.judge import (
+    MAX_ANSWER_CHARS,
+    MatchJudge,
+    ModelJudge,
+    OpenAIJudge,
+    build_judge,
+    has_price,
+    normalise,
+    unpaid,
+)
 from webdancer.rewards.judge_prompts import BY_SOURCE, NOT_ATTEMPTED, PROMPTS
 from webdancer.rewards.matching import read_number, same_answer
 from webdancer.tools import keys
+from webdancer.tools.ledger import Ledger
+from webdancer.types import JudgeUse
 
 CONFIG = JudgeConfig(backend="openai", base_url="http://judge/v1/", model="m", max_attempts=3)
 
@@ -345,6 +357,59 @@ async def test_a_reply_without_a_verdict_is_asked_for_again_warmer():
     assert [json.loads(request.content)["temperature"] for request in endpoint.requests] == [0.0, 0.7]
 
 
+def said(text, prompt_tokens, completion_tokens):
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": -1}
+    return httpx.Response(200, json={"choices": [{"message": {"content": text}}], "usage": usage})
+
+
+async def test_tokens_and_money_of_every_reply_are_counted_and_whoever_came_first_pays():
+    priced = dataclasses.replace(CONFIG, usd_per_million_prompt=2.0, usd_per_million_completion=10.0)
+    judge, _ = judge_at(503, said("Hm.", 100, 1), said(YES, 100, 20), config=priced)
+    first, *others = await asyncio.gather(*(judge.grade(make_task(), "Bana School") for _ in range(3)))
+    assert first.use == JudgeUse(requests=2, prompt_tokens=200, completion_tokens=21, usd=pytest.approx(610e-6))
+    assert {other.use for other in others} == {JudgeUse(hits=1)}
+    assert (await MatchJudge().grade(make_task(), "x")).use == JudgeUse()
+
+
+async def test_what_led_to_no_verdict_was_paid_for_all_the_same():
+    judge, _ = judge_at(said("Hm.", 10, 1), said("Hm.", 10, 1), 401)
+    verdict = await judge.grade(make_task(), "x")
+    assert (verdict.status, verdict.use) == ("unknown", JudgeUse(requests=2, prompt_tokens=20, completion_tokens=2))
+
+
+@pytest.mark.parametrize("usage", [None, [], "many", {"prompt_tokens": None}, {"prompt_tokens": "x"}, {"prompt_tokens": -5}])
+async def test_an_endpoint_that_counts_nothing_or_nonsense(usage):
+    reply = httpx.Response(200, json={"choices": [{"message": {"content": NO}}], "usage": usage})
+    verdict = await judge_at(reply, reply, reply)[0].grade(make_task(), "x")
+    assert verdict.status in ("wrong", "unknown")
+    assert verdict.use.prompt_tokens == 0
+
+
+async def test_a_judge_asks_nothing_once_the_money_of_the_run_is_spent(tmp_path):
+    priced = dataclasses.replace(CONFIG, usd_per_million_prompt=1000.0)
+    ledger = Ledger(budget_usd=0.15, path=tmp_path / "spending.json")
+    endpoint = Endpoint(said(NO, 100, 1), said("Hm.", 100, 1), said(NO, 100, 1))
+    judge = OpenAIJudge(priced, transport=httpx.MockTransport(endpoint), backoff_s=0.0, purse=ledger)
+    assert (await judge.grade(make_task(), "x")).status == "wrong"
+    verdict = await judge.grade(make_task(), "y")
+    assert unpaid(verdict)
+    assert verdict.use.usd == pytest.approx(0.1)
+    assert unpaid(await judge.grade(make_task(), "z"))
+    assert (await judge.grade(make_task(), "x")).status == "wrong", "remembered verdicts cost nothing"
+    assert len(endpoint.requests) == 2
+    ledger.write()
+    again = Ledger(budget_usd=0.15, path=tmp_path / "spending.json")
+    assert again.spent == {"judge": {"requests": 2, "usd": pytest.approx(0.2)}}
+    with pytest.raises(ServiceError, match=r"tools\.budget_usd: must cover the run, but is spent"):
+        await OpenAIJudge(priced, transport=httpx.MockTransport(endpoint), purse=again).check()
+
+
+def test_a_price_is_a_model_judges():
+    assert not has_price(JudgeConfig(usd_per_million_prompt=1.0))
+    assert not has_price(CONFIG)
+    assert has_price(dataclasses.replace(CONFIG, usd_per_million_completion=1.0))
+
+
 class SlowChat:
     """Replies after a second; keeps when it was asked and how many at once."""
 
@@ -359,7 +424,7 @@ class SlowChat:
             await asyncio.sleep(self.latency_s)
         finally:
             self.running -= 1
-        return YES
+        return Reply(text=YES)
 
     async def aclose(self):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import numpy as np
@@ -23,9 +24,9 @@ from webdancer.rollout.outage import OutageGuard
 from webdancer.rollout.runner import LocalEpisodeRunner
 from webdancer.rollout.tool_tally import ToolTally
 from webdancer.tools.ledger import Ledger
-from webdancer.tools.result import INFRASTRUCTURE_ERRORS
+from webdancer.tools.result import BUDGET_SPENT, INFRASTRUCTURE_ERRORS
 from webdancer.tools.toolbox import WebToolbox, open_tools
-from webdancer.types import Sampling, ToolCall, ToolResult, ToolUse, Turn, TurnFinished
+from webdancer.types import JudgeUse, Sampling, ToolCall, ToolResult, ToolUse, Turn, TurnFinished, Verdict
 
 LIMITS = EpisodeConfig(max_turns=3, max_tool_calls=5, max_tokens=1500, max_turn_tokens=200, timeout_s=60.0)
 HITS = json.dumps({"result": [[{"document": {"contents": '"Karo Mil"\nThe school of Karo Mil.', "url": "/wiki/K"}}]]})
@@ -109,6 +110,24 @@ async def test_a_group_pays_once_for_what_all_its_members_ask_and_a_spent_budget
 
 def test_no_tool_call_no_figures():
     assert ToolTally([make_member(make_task())]).figures(useful_groups=1) == {}
+
+
+def test_what_the_judge_took_is_in_the_metrics_of_all_rollouts():
+    use = JudgeUse(requests=1, prompt_tokens=300, completion_tokens=20, usd=0.001)
+    judged = Verdict(status="wrong", use=use)
+    members = [dataclasses.replace(make_member(make_task(), member=member), verdict=judged) for member in range(2)]
+    members.append(dataclasses.replace(members[0], verdict=Verdict(status="wrong", use=JudgeUse(hits=1))))
+    expected = {"requests": 2.0, "hits": 1.0, "prompt_tokens": 600.0, "completion_tokens": 40.0, "usd": 0.002}
+    assert ToolTally(members).figures() == {f"judge/{name}": value for name, value in expected.items()}
+
+
+async def test_a_run_whose_judge_spent_its_money_ends():
+    class Unpaid:
+        async def run(self, task, **settings):
+            return dataclasses.replace(make_member(task), verdict=Verdict(status="unknown", reason=BUDGET_SPENT))
+
+    with pytest.raises(ServiceError, match=r"tools\.budget_usd: must cover the run, but is spent"):
+        await OutageGuard(Unpaid(), limit=99).run(make_task(), member=0, attempt=0, sampling=Sampling())
 
 
 def turn_with(result: ToolResult) -> Turn:

@@ -10,14 +10,16 @@ import pytest
 from tests.rollout_fakes import TimedRunner, make_member
 from tests.runs_fakes import make_config, open_telemetry
 from tests.virtual_time import run_virtual
-from webdancer.errors import ConfigError, DataError
+from webdancer.errors import ConfigError, DataError, ServiceError
 from webdancer.evaluation.attempts import NO_ANSWER, read_attempts, read_judged
-from webdancer.rewards.judge import MatchJudge
+from webdancer.evaluation.round_table import table
+from webdancer.rewards.judge import NO_USE, MatchJudge
 from webdancer.runs.benchmark import paper_sampling, run_benchmark
 from webdancer.runs.judge_agreement import judge_again
 from webdancer.telemetry.recorder import read_trajectories
 from webdancer.telemetry.telemetry import read_metrics
-from webdancer.types import EpisodeLost, Sampling, StopReason, Task, Verdict
+from webdancer.tools.result import BUDGET_SPENT
+from webdancer.types import EpisodeLost, JudgeUse, Sampling, StopReason, Task, Verdict
 
 TASKS = tuple(
     Task(id=f"q{index}", question=f"Which school, {index}?", answers=("yes",), source="gaia", metadata={"level": 1 + index % 2})
@@ -28,8 +30,9 @@ TASKS = tuple(
 class Runner(TimedRunner):
     """Keeps who was run, with what; `lost`, `unknown`, `silent` hold (task, round); stops the run at episode `dies_at`."""
 
-    def __init__(self, *, lost=(), unknown=(), silent=(), dies_at=None, **rest):
+    def __init__(self, *, lost=(), unknown=(), silent=(), dies_at=None, use=NO_USE, **rest):
         super().__init__(**rest)
+        self.use = use
         self.lost, self.unknown, self.silent, self.dies_at = set(lost), set(unknown), set(silent), dies_at
         self.ran: list[tuple[str, int]] = []
         self.sampling: set[Sampling] = set()
@@ -50,16 +53,17 @@ class Runner(TimedRunner):
         if key in self.silent:
             trajectory = dataclasses.replace(made.trajectory, answer=None, stop=StopReason.MAX_TOKENS)
             made = dataclasses.replace(made, trajectory=trajectory, verdict=Verdict(status="wrong", reason="no answer"))
-        return made
+        return dataclasses.replace(made, verdict=dataclasses.replace(made.verdict, use=self.use))
 
 
 class CountingJudge(MatchJudge):
-    def __init__(self):
-        self.asked = []
+    def __init__(self, *, use=NO_USE, reason=""):
+        self.asked, self.use, self.reason = [], use, reason
 
     async def grade(self, task, answer):
         self.asked.append(task.id)
-        return await super().grade(task, answer)
+        verdict = await super().grade(task, answer)
+        return dataclasses.replace(verdict, use=self.use) if not self.reason else Verdict(status="unknown", reason=self.reason)
 
 
 def make(tmp_path, *overrides):
@@ -140,6 +144,27 @@ def test_a_missing_verdict_counts_nowhere_and_is_asked_for_again(tmp_path):
     assert evaluated(make(tmp_path, "evaluation.rounds=1"), Runner()) == figures
     (last,) = [row for row in rows_of(tmp_path, 1) if row["id"] == "q0"][1:]
     assert last["messages"], "its episode is still there"
+
+
+def test_what_the_judge_took_is_in_rows_table_figures_and_metrics(tmp_path):
+    use = JudgeUse(requests=1, prompt_tokens=900, completion_tokens=100, usd=0.25)
+    runner = Runner(unknown=[("q0", 1)], use=use)
+    judged = evaluated(make(tmp_path, "evaluation.rounds=1"), runner)
+    assert (judged.judge_requests, judged.judge_tokens, judged.judge_usd) == (4, 4000, 1.0)
+    assert "judge: 4 requests, 4,000 tokens, $1.00 in all" in table(judged)
+    again = evaluated(make(tmp_path, "evaluation.rounds=1"), Runner(), judge=CountingJudge(use=use))
+    assert (again.judge_requests, again.judge_usd, again.unknown) == (5, 1.25, 0.0), "what an earlier start paid counts too"
+    saved = json.loads((tmp_path / "run" / "benchmarks" / "gaia" / "result.json").read_text())["figures"]
+    assert (saved["judge_tokens"], saved["judge_usd"]) == (5000, 1.25)
+    assert read_metrics(tmp_path / "run")["evaluation"][0]["benchmark/gaia/judge_usd"] == 1.25
+    assert "judge:" not in table(evaluated(make(tmp_path / "free", "evaluation.rounds=1"), Runner()))
+
+
+def test_a_verdict_that_nobody_can_pay_for_ends_the_run(tmp_path):
+    evaluated(make(tmp_path, "evaluation.rounds=1"), Runner(unknown=[("q0", 1)]))
+    with pytest.raises(ServiceError, match=r"tools\.budget_usd: must cover the run, but is spent"):
+        evaluated(make(tmp_path, "evaluation.rounds=1"), Runner(), judge=CountingJudge(reason=BUDGET_SPENT))
+    assert len(rows_of(tmp_path, 1)) == 4, "nothing is written about it"
 
 
 def test_a_run_whose_judge_was_away_has_no_score(tmp_path):

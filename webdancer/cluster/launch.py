@@ -44,6 +44,7 @@ from webdancer.errors import ConfigError, WebDancerError
 from webdancer.inference.canary import probe
 from webdancer.interfaces import Services
 from webdancer.model_location import model_path
+from webdancer.rewards.judge import has_price
 from webdancer.rollout.outage import OutageGuard
 from webdancer.tools.ledger import providers
 
@@ -72,10 +73,11 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
             check_backend(config, cluster_size().get("GPU", 0.0))
         live = Services(tokenizer=tokenizer)
         starting: Starting = []
+        ledger = _spawn_ledger(stack, config, starting) if _needs_ledger(config) else None
         if "tools" in parts:
-            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting))
+            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger))
         if "judge" in parts:
-            live = replace(live, judge=_spawn_judges(stack, config, resources, starting))
+            live = replace(live, judge=_spawn_judges(stack, config, resources, starting, ledger))
         if "rollout" in parts:
             pool = _make_pool(stack, config, resources, live, make_engine)
             starting.append(pool.start())
@@ -112,30 +114,37 @@ def _restricted(config: Config, parts: Set[str]) -> Config:
     )
 
 
-def _spawn_tools(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting) -> RemoteToolbox:
+def _spawn_tools(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any) -> RemoteToolbox:
     timeout_s = 0.9 * config.episode.tool_timeout_s  # the server's own answer comes before the episode stops waiting
-    path = config.tools.replay.path and str(Path(config.tools.replay.path).absolute())
-    tools = replace(config.tools, replay=replace(config.tools.replay, path=path))
-    ledger = _spawn_ledger(stack, tools, config.run_dir) if _needs_ledger(tools) else None
+    tools = _with_absolute_recording(config.tools)
     settings = {"config": tools, "call_timeout_s": timeout_s, "ledger": ledger}
     servers = _spawn_servers(stack, ToolServer, resources.server, [{**settings, "shard": shard} for shard in range(tools.num_servers)])
-    starting.append(_ready([*servers, *([ledger] if ledger else [])]))
+    starting.append(_ready(servers))
     return RemoteToolbox(ActorChoice(servers, stage="tools", timeout_s=config.episode.tool_timeout_s), site=config.tools.visit.site)
 
 
-def _needs_ledger(tools: ToolsConfig) -> bool:
+def _needs_ledger(config: Config) -> bool:
     """Nothing is shared where nothing has a quota or a price, and nothing is recorded."""
-    return tools.replay.mode == "record" or any(provider.leased for provider in providers(tools))
+    tools, judges = config.tools, config.judge
+    shared = tools.replay.mode == "record" or any(provider.leased for provider in providers(tools))
+    return bool(tools.num_servers and shared) or bool(judges.num_servers and has_price(judges))
 
 
-def _spawn_ledger(stack: AsyncExitStack, tools: ToolsConfig, run_dir: str) -> Any:
+def _spawn_ledger(stack: AsyncExitStack, config: Config, starting: Starting) -> Any:
     """On this node: its files are in the run directory."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": CALLS_AT_ONCE, "num_cpus": 0, "scheduling_strategy": here}
-    ledger = spawn(LedgerServer, options, tools, run_dir=str(Path(run_dir).absolute()))
+    ledger = spawn(LedgerServer, options, _with_absolute_recording(config.tools), run_dir=str(Path(config.run_dir).absolute()))
     stack.callback(_kill, [ledger])
     stack.push_async_callback(_close_ledger, ledger)
+    starting.append(_ready([ledger]))
     return ledger
+
+
+def _with_absolute_recording(tools: ToolsConfig) -> ToolsConfig:
+    """Actors have working directories of their own."""
+    path = tools.replay.path and str(Path(tools.replay.path).absolute())
+    return replace(tools, replay=replace(tools.replay, path=path))
 
 
 async def _close_ledger(ledger: Any) -> None:
@@ -143,9 +152,10 @@ async def _close_ledger(ledger: Any) -> None:
     await asyncio.gather(closing, return_exceptions=True)  # its files are whole without it, and a second behind at most
 
 
-def _spawn_judges(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting) -> RemoteJudge:
+def _spawn_judges(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any) -> RemoteJudge:
     judge = replace(config.judge, model=model_path(config.judge.model)) if config.judge.backend == "vllm" else config.judge
-    servers = _spawn_servers(stack, JudgeServer, resources.judge, [{"config": judge}] * judge.num_servers)
+    settings = {"config": judge, "ledger": ledger if has_price(judge) else None}
+    servers = _spawn_servers(stack, JudgeServer, resources.judge, [settings] * judge.num_servers)
     if judge.backend == "vllm":
         stack.push_async_callback(_stop_judges, servers)
     starting.append(_ready(servers))

@@ -51,8 +51,8 @@ class ToolServer:
 
 
 class LedgerServer:
-    """The one place for what tool actors must share: quotas, money and the recording. It lives on the driver's node, where both files are;
-    after a crash it goes on from them."""
+    """The one place for what tool and judge actors must share: quotas, money and the recording. It lives on the driver's node, where both
+    files are; after a crash it goes on from them."""
 
     def __init__(self, config: ToolsConfig, *, run_dir: str) -> None:
         from webdancer.tools.ledger import FILE_NAME, Ledger
@@ -66,6 +66,9 @@ class LedgerServer:
 
     async def lease(self, provider: Provider, patience_s: float) -> Lease:
         return await self._ledger.lease(provider, patience_s=patience_s)
+
+    async def pay(self, provider: str, requests: int, usd: float) -> bool:
+        return await self._ledger.pay(provider, requests=requests, usd=usd)
 
     async def record(self, question: str, said: Said) -> Said:
         assert self._recording is not None, "record without tools.replay.mode record"
@@ -82,7 +85,7 @@ class LedgerServer:
 
 
 class RemoteLedger:
-    """tools.ledger.Quota and tools.store.Recording over the actor, for the tool actors."""
+    """tools.ledger.Quota and Purse and tools.store.Recording over the actor, for tool and judge actors."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -91,18 +94,23 @@ class RemoteLedger:
         lease: Lease = await self._actor.lease.remote(provider, patience_s)
         return lease
 
+    async def pay(self, provider: str, *, requests: int, usd: float) -> bool:
+        solvent: bool = await self._actor.pay.remote(provider, requests, usd)
+        return solvent
+
     async def record(self, question: str, said: Said) -> Said:
         first: Said = await self._actor.record.remote(question, said)
         return first
 
 
 class JudgeServer:
-    """A judge with its own memory of verdicts, and with backend vllm its own engine."""
+    """A judge with its own memory of verdicts, and with backend vllm its own engine. `ledger`: the actor that keeps the run's money."""
 
     KEYS = (keys.JUDGE,)
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: JudgeConfig, *, ledger: Any = None) -> None:
         self._config = config
+        self._purse = None if ledger is None else RemoteLedger(ledger)
         self._judge: RunningJudge | None = None
         self._engine: EngineChat | None = None
 
@@ -129,7 +137,7 @@ class JudgeServer:
             from webdancer.rewards.judge import build_judge
 
             self._engine = open_engine(self._config) if self._config.backend == "vllm" else None
-            self._judge = build_judge(self._config, engine=self._engine)
+            self._judge = build_judge(self._config, engine=self._engine, purse=self._purse)
         return self._judge
 
 

@@ -55,6 +55,11 @@ class Attempt:
     num_tokens: int = 0
     num_policy_tokens: int = 0
     usd: float = 0.0
+    """Of its tools."""
+    judge_requests: int = 0
+    judge_tokens: int = 0
+    """Prompt and reply of all verdicts that were asked for."""
+    judge_usd: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -68,14 +73,12 @@ def attempt_of(task: Task, round: int, scored: ScoredTrajectory | None) -> Attem
     if scored is None:
         return Attempt(task_id=task.id, round=round, status="unknown", stop=str(StopReason.FAILED), reason="lost", labels=labels(task))
     trajectory, verdict = scored.trajectory, scored.verdict
-    return Attempt(
+    plain = Attempt(
         task_id=task.id,
         round=round,
-        status=verdict.status if scored.reward.valid else "unknown",
+        status="unknown",
         stop=str(trajectory.stop),
         answer=trajectory.answer,
-        reason=verdict.reason,
-        judge=verdict.judge,
         well_formed=scored.reward.format > 0,
         num_actions=len(trajectory.turns),
         calls=Counter(turn.action.name for turn in trajectory.turns if isinstance(turn.action, ToolCall)),
@@ -84,6 +87,8 @@ def attempt_of(task: Task, round: int, scored: ScoredTrajectory | None) -> Attem
         usd=sum(use.usd for use in by_provider(trajectory.tool_uses).values()),
         labels=labels(task),
     )
+    judged = verdict_of(plain, verdict)
+    return judged if scored.reward.valid else dataclasses.replace(judged, status="unknown")
 
 
 def labels(task: Task) -> dict[str, str]:
@@ -231,5 +236,14 @@ def _claim(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def verdict_of(attempt: Attempt, verdict: Verdict) -> Attempt:
-    """The attempt as it was judged again."""
-    return dataclasses.replace(attempt, status=verdict.status, reason=verdict.reason, judge=verdict.judge)
+    """The attempt with this verdict; what those before it took is added to."""
+    use = verdict.use
+    return dataclasses.replace(
+        attempt,
+        status=verdict.status,
+        reason=verdict.reason,
+        judge=verdict.judge,
+        judge_requests=attempt.judge_requests + use.requests,
+        judge_tokens=attempt.judge_tokens + use.prompt_tokens + use.completion_tokens,
+        judge_usd=attempt.judge_usd + use.usd,
+    )

@@ -42,7 +42,8 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundFigures:
-    """`by`: label (level, type, ...) -> value -> accuracy. Means are over attempts; `usd` is the sum of what tools cost."""
+    """`by`: label (level, type, ...) -> value -> accuracy. Means are over attempts; `usd` is the sum of what tools cost, and the judge's
+    figures are sums as well."""
 
     k: int
     accuracy: Accuracy
@@ -60,6 +61,9 @@ class RoundFigures:
     tokens: float
     policy_tokens: float
     usd: float
+    judge_requests: int
+    judge_tokens: int
+    judge_usd: float
     stops: Mapping[str, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,6 +98,9 @@ def round_figures(attempts: Sequence[Attempt], *, rounds: int) -> RoundFigures:
         tokens=_mean([one.num_tokens for one in ran]),
         policy_tokens=_mean([one.num_policy_tokens for one in ran]),
         usd=sum(one.usd for one in attempts),
+        judge_requests=sum(one.judge_requests for one in attempts),
+        judge_tokens=sum(one.judge_tokens for one in attempts),
+        judge_usd=sum(one.judge_usd for one in attempts),
         stops=dict(Counter(one.stop for one in attempts).most_common()),
     )
 

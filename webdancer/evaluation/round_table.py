@@ -25,9 +25,17 @@ def table(figures: RoundFigures) -> str:
         f"not attempted {_percent(figures.not_attempted)}",
         f"an episode: {_number(figures.actions)} actions, {_number(figures.calls)} tool calls ({calls}), {_number(figures.tokens)} tokens, "
         f"{_number(figures.policy_tokens)} of them the policy's; tools cost ${figures.usd:.2f} in all",
+        *_judge_lines(figures),
         f"ended: {', '.join(f'{stop} {count}' for stop, count in figures.stops.items())}",
     ]
     return "\n".join([*_aligned(lines), *took])
+
+
+def _judge_lines(figures: RoundFigures) -> list[str]:
+    """None where no model judged."""
+    if not figures.judge_requests:
+        return []
+    return [f"judge: {figures.judge_requests:,} requests, {figures.judge_tokens:,} tokens, ${figures.judge_usd:.2f} in all"]
 
 
 def comparison_text(comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 from webdancer.agent.prompt import Message, neutral_specials
 from webdancer.agent.transcript import Transcript
 from webdancer.interfaces import Policy, Tokenizer
-from webdancer.rewards.chat import ChatRefused
+from webdancer.rewards.chat import ChatRefused, Reply
 from webdancer.types import Sampling
 
 
@@ -39,7 +39,7 @@ class EngineChat:
                 await self._engine.start()
                 self._started = True
 
-    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str:
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> Reply:
         """Raises errors.EngineFault, and ChatRefused for a prompt that is longer than the engine takes."""
         plain = [Message(role=message["role"], content=neutral_specials(message["content"])) for message in messages]
         prompt_ids = Transcript(self._tokenizer, plain).token_ids
@@ -50,7 +50,8 @@ class EngineChat:
         except ValueError as error:
             raise ChatRefused(str(error)) from error
         ids = completion.token_ids
-        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] == self._tokenizer.eos_id else ids).strip()
+        text = self._tokenizer.decode(ids[:-1] if ids and ids[-1] == self._tokenizer.eos_id else ids).strip()
+        return Reply(text=text, prompt_tokens=len(prompt_ids), completion_tokens=len(ids))
 
     async def aclose(self) -> None:
         if self._started:

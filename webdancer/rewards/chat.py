@@ -6,6 +6,7 @@ Unlike `llm.client`, which serves jobs that end when their model is gone, a fail
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from webdancer.tools import keys
@@ -22,10 +23,19 @@ class ChatRefused(Exception):
     """Will not pass."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a model said, and the tokens of it as the endpoint counts them (0 where it does not)."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class Chat(Protocol):
     """`reply` raises ChatFailed, ChatRefused, or errors.EngineFault for an engine, which counts as failed."""
 
-    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str: ...
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> Reply: ...
 
     async def aclose(self) -> None: ...
 
@@ -46,7 +56,7 @@ class HttpChat:
             trust_env=False,  # neither proxies nor netrc credentials that nobody named
         )
 
-    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str:
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> Reply:
         import httpx
 
         request: dict[str, Any] = {"model": self._model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
@@ -59,9 +69,12 @@ class HttpChat:
         if response.status_code != 200:
             raise ChatRefused(f"status {response.status_code}: {_quoted(response.text)}")
         try:
-            return str(response.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            said = response.json()
+            text, usage = str(said["choices"][0]["message"]["content"] or ""), said.get("usage") or {}
+            tokens = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ChatFailed(f"the reply is not a chat completion: {_quoted(response.text)}") from error
+        return Reply(text=text, prompt_tokens=tokens[0], completion_tokens=tokens[1])
 
     async def aclose(self) -> None:
         await self._client.aclose()

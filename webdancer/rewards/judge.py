@@ -9,20 +9,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any, Protocol
 
 from webdancer.config import JudgeConfig
 from webdancer.errors import EngineFault, ServiceError
-from webdancer.rewards.chat import Chat, ChatFailed, ChatRefused, HttpChat
+from webdancer.rewards.chat import Chat, ChatFailed, ChatRefused, HttpChat, Reply
 from webdancer.rewards.judge_prompts import MAX_ANSWER_CHARS as MAX_ANSWER_CHARS
 from webdancer.rewards.judge_prompts import JudgePrompt, prompt_for
 from webdancer.rewards.matching import normalise as normalise
 from webdancer.rewards.matching import same_answer
 from webdancer.tools.cache import SingleFlightCache
+from webdancer.tools.ledger import Purse, out_of_money
 from webdancer.tools.limits import Schedule, wait_for
-from webdancer.types import Task, Verdict
+from webdancer.tools.result import BUDGET_SPENT
+from webdancer.types import JudgeUse, Task, Verdict
 
 MAX_REPLY_TOKENS = 1024
+NO_USE = JudgeUse()
+PROVIDER = "judge"
+"""The judge's name in the run's accounts (spending.json)."""
 _MAX_CACHED_CHARS = 20_000_000
 
 
@@ -56,12 +62,13 @@ class MatchJudge:
 class ModelJudge:
     """A chat model as the judge. One actor's share of the pool's places and pace: of `num_servers` that share them evenly.
 
-    Verdicts are remembered by question, gold, answer, prompt and judge; what is asked twice at once is asked once. `unknown` is not
-    remembered.
+    Verdicts are remembered by question, gold, answer, prompt and judge; what is asked twice at once is asked once, and whoever came first
+    pays. `unknown` is not remembered.
     """
 
-    def __init__(self, config: JudgeConfig, chat: Chat, *, backoff_s: float = 1.0) -> None:
-        """backoff_s: the pause after the first failure; it doubles."""
+    def __init__(self, config: JudgeConfig, chat: Chat, *, backoff_s: float = 1.0, purse: Purse | None = None) -> None:
+        """backoff_s: the pause after the first failure; it doubles. purse: the run's, for a judge that costs money."""
+        self._purse = purse
         self._config = config
         self._chat = chat
         self._backoff_s = backoff_s
@@ -75,19 +82,24 @@ class ModelJudge:
         )
 
     async def grade(self, task: Task, answer: str) -> Verdict:
-        """Retries what may pass (no connection, 408, 429, 5xx, a reply without a verdict); then the verdict is unknown."""
+        """Retries what may pass (no connection, 408, 429, 5xx, a reply without a verdict); then the verdict is unknown.
+
+        So it is, with BUDGET_SPENT as its reason, once the run's money is spent.
+        """
         if not task.answers:
             return self._unknown("the task has no answer")
         prompt = prompt_for(task, chosen=self._config.prompt)
-        verdict, _ = await self._known.get(
+        verdict, cached = await self._known.get(
             verdict_key(task, answer, judge=f"{self._config.model} {prompt.name}"), lambda: self._decide(prompt, task, answer)
         )
-        return verdict
+        return replace(verdict, use=JudgeUse(hits=1)) if cached else verdict
 
     async def check(self) -> None:
         """One real question before a run."""
         task = Task(id="check", question="What is the capital of France?", answers=("Paris",))
         verdict = await self.grade(task, "Paris")
+        if unpaid(verdict):
+            raise out_of_money()
         if verdict.status != "correct":
             backend, where = self._config.backend, f"{self._config.base_url} ({self._config.model})".strip()
             field = "judge.base_url" if backend == "openai" else "judge.model"
@@ -99,48 +111,68 @@ class ModelJudge:
 
     async def _decide(self, prompt: JudgePrompt, task: Task, answer: str) -> Verdict:
         messages = prompt.messages(task, answer)
-        failure, wordless = "not asked", False
+        failure, wordless, use = "not asked", False, JudgeUse()
         for attempt in range(max(self._config.max_attempts, 1)):
             if attempt:
                 await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1))
+            if self._purse is not None and not await self._purse.pay(PROVIDER, requests=0, usd=0.0):
+                return self._unknown(BUDGET_SPENT, use)
             try:
                 # At temperature 0 a model would only repeat the reply that was no verdict.
                 reply = await self._ask(messages, temperature=0.7 if wordless else 0.0)
             except ChatRefused as error:
-                return self._unknown(str(error))
+                return self._unknown(str(error), use)
             except (ChatFailed, EngineFault, TimeoutError) as error:
                 failure = str(error) or type(error).__name__
                 continue
-            if (found := prompt.verdict(reply)) is not None:
-                return Verdict(status=found.status, reason=found.reason, judge=self._config.model)
+            use += await self._billed(reply)
+            if (found := prompt.verdict(reply.text)) is not None:
+                return Verdict(status=found.status, reason=found.reason, judge=self._config.model, use=use)
             failure, wordless = "the reply holds no verdict", True
-        return self._unknown(failure)
+        return self._unknown(failure, use)
 
-    async def _ask(self, messages: list[dict[str, str]], *, temperature: float) -> str:
+    async def _billed(self, reply: Reply) -> JudgeUse:
+        config = self._config
+        price = reply.prompt_tokens * config.usd_per_million_prompt + reply.completion_tokens * config.usd_per_million_completion
+        usd = price / 1e6
+        if self._purse is not None:
+            await self._purse.pay(PROVIDER, requests=1, usd=usd)
+        return JudgeUse(requests=1, prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens, usd=usd)
+
+    async def _ask(self, messages: list[dict[str, str]], *, temperature: float) -> Reply:
         async with self._places:
             await wait_for(self._pace, patience_s=float("inf"))
             async with asyncio.timeout(self._config.timeout_s):
                 return await self._chat.reply(messages, temperature=temperature, max_tokens=MAX_REPLY_TOKENS)
 
-    def _unknown(self, reason: str) -> Verdict:
-        return Verdict(status="unknown", reason=reason, judge=self._config.model)
+    def _unknown(self, reason: str, use: JudgeUse = NO_USE) -> Verdict:
+        return Verdict(status="unknown", reason=reason, judge=self._config.model, use=use)
 
 
 class OpenAIJudge(ModelJudge):
     """A model behind any OpenAI-compatible endpoint: see `HttpChat`."""
 
-    def __init__(self, config: JudgeConfig, *, transport: Any = None, backoff_s: float = 1.0) -> None:
+    def __init__(self, config: JudgeConfig, *, transport: Any = None, backoff_s: float = 1.0, purse: Purse | None = None) -> None:
         """transport: an httpx transport instead of the network."""
         chat = HttpChat(config.base_url, config.model, timeout_s=config.timeout_s, transport=transport)
-        super().__init__(config, chat, backoff_s=backoff_s)
+        super().__init__(config, chat, backoff_s=backoff_s, purse=purse)
 
 
-def build_judge(config: JudgeConfig, *, engine: Chat | None = None) -> RunningJudge:
+def build_judge(config: JudgeConfig, *, engine: Chat | None = None, purse: Purse | None = None) -> RunningJudge:
     """The configured judge. engine: the chat over a vLLM engine that backend vllm needs (inference.chat.EngineChat)."""
     if config.backend == "vllm":
         assert engine is not None, "backend vllm without an engine"
-        return ModelJudge(config, engine)
-    return OpenAIJudge(config) if config.backend == "openai" else MatchJudge()
+        return ModelJudge(config, engine, purse=purse)
+    return OpenAIJudge(config, purse=purse) if config.backend == "openai" else MatchJudge()
+
+
+def unpaid(verdict: Verdict) -> bool:
+    """The judge was not asked for want of money."""
+    return verdict.status == "unknown" and verdict.reason == BUDGET_SPENT
+
+
+def has_price(config: JudgeConfig) -> bool:
+    return config.backend != "match" and config.usd_per_million_prompt + config.usd_per_million_completion > 0
 
 
 def verdict_key(task: Task, answer: str, *, judge: str) -> bytes:

@@ -94,8 +94,8 @@ class RolloutWindow:
             **_member_means(members),
             **_staleness(batch, version),
         }
-        tools = ToolTally(members).figures(useful_groups=len(distinct))
-        return {**{f"rollout/{name}": value for name, value in figures.items()}, **tools}
+        services = ToolTally(members).figures(useful_groups=len(distinct))
+        return {**{f"rollout/{name}": value for name, value in figures.items()}, **services}
 
 
 def _member_means(members: Sequence[ScoredTrajectory]) -> dict[str, float]:

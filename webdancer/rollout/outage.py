@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from webdancer.errors import ServiceError
 from webdancer.interfaces import EpisodeRunner, OnTurn, Staged
+from webdancer.rewards.judge import unpaid
+from webdancer.tools.ledger import out_of_money
 from webdancer.tools.result import BUDGET_SPENT
 from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Turn
 
@@ -35,10 +37,7 @@ class OutageGuard:
     ) -> ScoredTrajectory | EpisodeLost:
         outcome = await self._runner.run(task, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn)
         if isinstance(outcome, ScoredTrajectory) and _is_out_of_money(outcome):
-            raise ServiceError(
-                "tools.budget_usd: must cover the run, but is spent (spending.json in the run directory says on what); "
-                "what is finished is kept, and the same command goes on with a larger one"
-            )
+            raise out_of_money()
         if isinstance(outcome, ScoredTrajectory) and task.answers:  # without an answer to compare with, no judge can decide
             self._num_lost = 0 if outcome.reward.valid else self._num_lost + 1
             if self._num_lost >= self._limit:
@@ -50,4 +49,6 @@ class OutageGuard:
 
 
 def _is_out_of_money(outcome: ScoredTrajectory) -> bool:
-    return any(turn.result is not None and turn.result.error == BUDGET_SPENT for turn in outcome.trajectory.turns)
+    return unpaid(outcome.verdict) or any(
+        turn.result is not None and turn.result.error == BUDGET_SPENT for turn in outcome.trajectory.turns
+    )

@@ -21,9 +21,11 @@ from webdancer.evaluation.benchmarks import CANARY, OWN
 from webdancer.evaluation.round_metrics import RoundFigures, round_figures
 from webdancer.interfaces import EpisodeRunner, Judge
 from webdancer.model_location import is_reasoning_model
+from webdancer.rewards.judge import unpaid
 from webdancer.runs.evaluate import run_persistently
 from webdancer.runs.together import together
 from webdancer.telemetry import Telemetry
+from webdancer.tools.ledger import out_of_money
 from webdancer.types import Sampling, Task
 from webdancer.whole_file import write_whole
 
@@ -44,7 +46,10 @@ async def run_benchmark(config: Config, tasks: Sequence[Task], runner: EpisodeRu
         nonlocal right, decided
         made = files.found(task, round)
         if made is not None and made.needs_judge_only and made.answer is not None:
-            made = verdict_of(made, await judge.grade(task, made.answer))
+            verdict = await judge.grade(task, made.answer)
+            if unpaid(verdict):
+                raise out_of_money()
+            made = verdict_of(made, verdict)
             files.write_again(made)
         elif made is None or made.status == "unknown":
             scored = await run_persistently(runner, task, member=round - 1, sampling=sampling)
@@ -115,5 +120,7 @@ def _scalars(prefix: str, figures: RoundFigures) -> dict[str, float]:
         "unknown": figures.unknown,
         "tool_calls": figures.calls,
         "usd": figures.usd,
+        "judge_tokens": figures.judge_tokens,
+        "judge_usd": figures.judge_usd,
     }
     return {f"{prefix}/{name}": value for name, value in named.items() if not math.isnan(value)}

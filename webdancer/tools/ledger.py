@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from webdancer.config import ToolsConfig
+from webdancer.errors import ServiceError
 from webdancer.tools.limits import Schedule
 from webdancer.types import ToolUse, by_provider
 from webdancer.whole_file import write_whole
@@ -50,6 +51,12 @@ class Quota(Protocol):
     """A Ledger, here or in another process."""
 
     async def lease(self, provider: Provider, *, patience_s: float) -> Lease: ...
+
+
+class Purse(Protocol):
+    """A Ledger, here or in another process, for who learns what a request cost only when it is answered."""
+
+    async def pay(self, provider: str, *, requests: int, usd: float) -> bool: ...
 
 
 class Bill:
@@ -121,17 +128,33 @@ class Ledger:
         delay_s = schedule.reserve(now, patience_s=patience_s)
         if delay_s is None:
             return Lease(refused="quota")
-        self._requests[provider.name] = self._requests.get(provider.name, 0) + 1
-        self._usd[provider.name] = self._usd.get(provider.name, 0.0) + price
-        if now - self._written >= _WRITE_EVERY_S:
-            self.write()
+        self._count(provider.name, requests=1, usd=price)
         return Lease(delay_s=delay_s)
+
+    async def pay(self, provider: str, *, requests: int, usd: float) -> bool:
+        """What was asked and is answered. False: the budget is spent, by this or before, and nothing priced may be asked any more."""
+        if requests:
+            self._count(provider, requests=requests, usd=usd)
+        return not self._budget_usd or self.usd < self._budget_usd
+
+    def _count(self, name: str, *, requests: int, usd: float) -> None:
+        self._requests[name] = self._requests.get(name, 0) + requests
+        self._usd[name] = self._usd.get(name, 0.0) + usd
+        if self._clock() - self._written >= _WRITE_EVERY_S:
+            self.write()
 
     def write(self) -> None:
         """Bring the file up to date."""
         if self._path is not None and self._requests:
             self._written = self._clock()
             write_whole(self._path, json.dumps(self.spent, indent=1).encode())
+
+
+def out_of_money() -> ServiceError:
+    return ServiceError(
+        "tools.budget_usd: must cover the run, but is spent (spending.json in the run directory says on what); "
+        "what is finished is kept, and the same command goes on with a larger one"
+    )
 
 
 def providers(config: ToolsConfig) -> tuple[Provider, Provider]:
