@@ -25,6 +25,7 @@ setup(
         # Its save_file copies no tensor and lets other threads run meanwhile: checkpoints are written beside the training.
         "safetensors>=0.8",
         "tokenizers>=0.21",
+        "xxhash>=3",
         "peft>=0.17,<1",
         "omegaconf>=2.3,<3",
         "pyyaml>=6",

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import itertools
 import json
 import statistics
@@ -28,6 +27,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from benchmarks.rollout_fixture import CALLS, SEQUENCES, Bench, SlowTools, make_task
 from webdancer.cluster.worker import RolloutWorker
@@ -257,7 +258,7 @@ def export_again(model: Path, directory: Path) -> float:
     file.write_bytes(data)
     copied_s = time.perf_counter() - began
     described = [{"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()]
-    files = [{"file": file.name, "sha256": hashlib.sha256(data).hexdigest(), "tensors": described}]
+    files = [{"file": file.name, "xxh3": xxhash.xxh3_128_hexdigest(data), "tensors": described}]
     (directory / "manifest.json").write_text(json.dumps({"version": 0, "files": files}))
     return copied_s
 

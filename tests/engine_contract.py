@@ -6,13 +6,13 @@ The reference is transformers' own forward pass of the model whose weights the e
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save
 
 from webdancer.errors import DataError, EngineFault
@@ -94,7 +94,7 @@ def export(model, directory: Path, version: int) -> Path:
         data = save(tensors)
         (directory / f"{group}.safetensors").write_bytes(data)
         described = [{"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()]
-        files.append({"file": f"{group}.safetensors", "sha256": hashlib.sha256(data).hexdigest(), "tensors": described})
+        files.append({"file": f"{group}.safetensors", "xxh3": xxhash.xxh3_128_hexdigest(data), "tensors": described})
     (directory / "manifest.json").write_text(json.dumps({"version": version, "files": files}))
     return directory
 
@@ -227,6 +227,34 @@ async def check_update_in_mid_generation(engine, model, directory: Path) -> None
     assert mixed, "no request was running when the weights changed"
 
 
+async def check_sleep(engine, model, directory: Path) -> None:
+    """From `sleep` on nothing moves, until weights come; then requests go on under these, with nothing left of the old ones."""
+    version = engine.version + 1
+    (prompt,) = prompts(1)
+    sampling = Sampling(temperature=0.8)
+    task = asyncio.create_task(engine.complete(prompt, sampling=sampling, max_tokens=200, session="sleeps"))
+    while (await engine.stats())["running"] < 1:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    await engine.sleep()
+    assert await engine.sleep() == {}, "a second time is nothing, and no memory is given back on a CPU"
+    before = (await engine.stats())["generated_tokens"]
+    waiting = asyncio.create_task(engine.complete(prompt, sampling=sampling, max_tokens=3, session="waits"))
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    assert not waiting.done()
+    assert (await engine.stats())["generated_tokens"] == before
+    perturb(model, "model.norm.weight")
+    await engine.load_weights(export(model, directory / "awake", version), version)
+    completion = await asyncio.wait_for(task, 60)
+    assert (await asyncio.wait_for(waiting, 60)).versions[0].version == version
+    assert completion.versions[-1].version == version
+    span = completion.versions[-1]
+    own = reference_logprobs(model, prompt, completion.token_ids, sampling)[span.start : span.end]
+    np.testing.assert_allclose(completion.logprobs[span.start : span.end], own, atol=1e-4)
+    await check_score(engine, model)
+
+
 async def check_update_that_keeps_the_cache(engine, model, directory: Path) -> None:
     """Tokens after the update: new weights over old keys and values, those of the token fed last excepted. A newcomer with the same prompt
     gets none of these."""
@@ -276,7 +304,7 @@ async def check_refuses_a_corrupt_export(engine, model, directory: Path) -> None
     data = bytearray(file.read_bytes())
     data[-5] ^= 0xFF
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"layer_1\.safetensors: sha256"):
+    with pytest.raises(DataError, match=r"layer_1\.safetensors: xxh3"):
         await engine.load_weights(path, version)
     with pytest.raises(DataError, match="version"):
         await engine.load_weights(export(model, directory / "other", version), version + 1)

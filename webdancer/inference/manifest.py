@@ -1,6 +1,6 @@
 """The learner's weight export as an engine sees it: a directory with `manifest.json` and one safetensors file a layer group.
 
-    {"version": 3, "files": [{"file": "group-000.safetensors", "sha256": "...",
+    {"version": 3, "files": [{"file": "group-000.safetensors", "xxh3": "...",
                               "tensors": [{"name": "model.embed_tokens.weight", "shape": [1500, 192], "dtype": "float32"}]}]}
 
 `verify` reads every byte and refuses the first difference by name, before an engine has touched a weight. No torch, no vLLM.
@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from webdancer.errors import DataError
+from webdancer.whole_file import fast_hash
 
 MANIFEST = "manifest.json"
 _DTYPES = {
@@ -37,7 +37,7 @@ TensorSpec = tuple[tuple[int, ...], str]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
     path: Path
-    sha256: str
+    xxh3: str
     tensors: Mapping[str, TensorSpec]
 
     def check_tensors(self, found: Mapping[str, TensorSpec]) -> None:
@@ -90,12 +90,11 @@ def verify(manifest: Manifest) -> None:
     """Every file against its hash, and its header against the manifest's names, shapes and dtypes. Raises DataError."""
     for file in manifest.files:
         try:
-            with file.path.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as error:
+            digest = fast_hash(file.path)
+        except (OSError, ValueError) as error:
             raise DataError(f"{file.path.name}: must be beside its manifest, got {error!r}") from error
-        if digest != file.sha256:
-            raise DataError(f"{file.path.name}: sha256 must be {file.sha256[:12]}..., got {digest[:12]}...")
+        if digest != file.xxh3:
+            raise DataError(f"{file.path.name}: xxh3 must be {file.xxh3[:12]}..., got {digest[:12]}...")
         file.check_tensors(read_header(file.path))
 
 
@@ -122,7 +121,7 @@ def _weight_file(directory: Path, entry: Mapping[str, Any]) -> WeightFile:
     }
     if len(tensors) != len(entry["tensors"]):
         raise ValueError(f"tensors: must have different names, got one twice in {name}")
-    return WeightFile(path=directory / name, sha256=str(entry["sha256"]), tensors=tensors)
+    return WeightFile(path=directory / name, xxh3=str(entry["xxh3"]), tensors=tensors)
 
 
 def _spell(spec: TensorSpec) -> str:

@@ -6,13 +6,12 @@ Hugging Face has it. LoRA's adapters are added to the weights beside which they 
 
 For the engines, `export_weights(directory)` writes one safetensors file a group and, last and by rename, `manifest.json`:
 
-    {"version": 3, "files": [{"file": "layer_000.safetensors", "sha256": "...", "bytes": 123,
+    {"version": 3, "files": [{"file": "layer_000.safetensors", "xxh3": "...", "bytes": 123,
                               "tensors": [{"name": "model.layers.0.mlp.up_proj.weight", "shape": [512, 192], "dtype": "float32"}]}]}
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from webdancer.learner.hf_files import INDEX, copy_tokenizer
 from webdancer.learner.lora import is_adapter, merged
 from webdancer.learner.model import PolicyModel, hf_name
+from webdancer.whole_file import fast_hash
 
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 4 << 30
@@ -37,7 +37,7 @@ MAX_FILE_BYTES = 4 << 30
 def export_weights(model: PolicyModel, directory: Path, version: int) -> dict[str, Any]:
     """Write the weights and their manifest; the manifest comes back on every rank."""
     files = []
-    for group, tensors in gathered_groups(model):
+    for group, tensors in gathered_groups(model, lent=True):
         if dist.get_rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             files.append(_write_tensors(directory / f"{group}.safetensors", tensors))
@@ -63,10 +63,10 @@ def export_hf(model: PolicyModel, source: Path, directory: Path, dtype: str) -> 
     dist.barrier()
 
 
-def gathered_groups(model: PolicyModel, *, on_device: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def gathered_groups(model: PolicyModel, *, on_device: bool = False, lent: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(group name, full tensors on CPU by Hugging Face name), on rank 0; the others take part in the gathering and get no tensors.
 
-    on_device: every rank gets them, on its own device.
+    on_device: every rank gets them, on its own device. lent: without a copy of their own where they lie on the CPU, until the next group.
     """
     wanted = on_device or dist.get_rank() == 0
     for group, module, named in _named_groups(model):
@@ -74,9 +74,12 @@ def gathered_groups(model: PolicyModel, *, on_device: bool = False) -> Iterator[
         module.unshard()
         parameters = dict(module.named_parameters()) if wanted else {}
         target = next(model.parameters()).device if on_device else torch.device("cpu")
-        tensors = {name: merged(module, key, parameters[key]).to(target, copy=True) for name, key in named.items() if wanted}
-        module.reshard()
+        tensors = {name: merged(module, key, parameters[key]).to(target, copy=not lent) for name, key in named.items() if wanted}
+        if not lent:
+            module.reshard()
         yield group, tensors
+        if lent:
+            module.reshard()
 
 
 def tensor_specs(model: PolicyModel, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -138,21 +141,31 @@ class _HfWriter:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write one safetensors file and describe it. The bytes that are hashed are the bytes that are written."""
-    data = save(tensors, metadata={"format": "pt"})
-    _replace(path, data)
+    """Write one safetensors file, in which no tensor is copied on the way, and describe it."""
+    temporary = _beside(path)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        digest = fast_hash(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     described = [
         {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for name, tensor in tensors.items()
     ]
-    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "tensors": described}
+    return {"file": path.name, "bytes": path.stat().st_size, "xxh3": digest, "tensors": described}
 
 
 def _replace(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
