@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,14 @@ def _not_started(part: str) -> Any:
     return NotStarted(part)
 
 
+Spent = Callable[[], Awaitable[Mapping[str, Mapping[str, float]]]]
+"""`requests` and `usd` by provider, of those with a quota or a price, over all starts in the run directory."""
+
+
+async def nothing_spent() -> Mapping[str, Mapping[str, float]]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """What a program in `runs/` works with: built by `cluster.launch.services`, or in-process by a test."""
@@ -155,3 +163,4 @@ class Services:
     runner: EpisodeRunner = field(default_factory=partial(_not_started, "rollout"))
     learner: Learner = field(default_factory=partial(_not_started, "learner"))
     weights: WeightSync = field(default_factory=partial(_not_started, "weight sync"))
+    spent: Spent = nothing_spent

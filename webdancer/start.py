@@ -50,7 +50,8 @@ async def synthesize(config: Config, telemetry: Telemetry, open_services: OpenSe
     made = ", ".join(f"{counts['questions']} {pool}" for pool, counts in manifest["counts"].items())
     missing = sum(manifest["missing"].values())
     short = f"\n{missing} fewer than asked for: the pages do not hold more (manifest.json, missing)" if missing else ""
-    return f"questions: {made}; left out: {sum(manifest['left_out'].values())}{short}\n{Path(config.run_dir) / 'questions'}"
+    report = Path(config.run_dir) / "questions" / "report.html"
+    return f"questions: {made}; left out: {sum(manifest['left_out'].values())}{short}\nreport: {report}"
 
 
 async def sample(config: Config, telemetry: Telemetry, open_services: OpenServices) -> str:

@@ -109,8 +109,8 @@ def test_faults_and_a_kill_change_nothing_but_the_bill(tmp_path, web, style):
     in_vain = sum(rough.answered.values()) - sum(calm.answered.values())
     assert 0 < in_vain <= rough.met["no step"] + rough.met["silence"] + 2 * AT_ONCE
     check_funnel(tmp_path / "calm", expected)
-    check_cost(expected["cost"], calm)
-    assert found["cost"]["teacher"]["usd"] >= expected["cost"]["teacher"]["usd"]
+    check_cost(expected["cost"]["models"], calm)
+    assert found["cost"]["usd"] >= expected["cost"]["usd"] > 0
 
 
 def check_funnel(run_dir: Path, manifest: dict) -> None:

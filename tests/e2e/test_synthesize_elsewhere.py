@@ -69,12 +69,16 @@ def test_given_questions_are_made_harder_by_a_model_and_a_real_search(tmp_path, 
     asked = [f"How old is the sign of {title}?" for title in titles]
     write_tasks(tmp_path / "seeds.jsonl", [Task(id=text, question=text, answers=("ninety",), source="simple") for text in asked])
     overrides = ["synthesis.method=e2hqa", f"synthesis.seeds={tmp_path / 'seeds.jsonl'}", f"tools.search.url={origin}"]
+    overrides.append("tools.search.usd_per_1000=1.0")
     with ScriptedModel(harder, hang_s=0.1) as model:
         overrides.append(f"synthesis.llm.base_url={model.url}")
         first = make(tmp_path / "run", *overrides)
         asked = model.replies.total()
         assert make(tmp_path / "run", *overrides) == first
         assert model.replies.total() == asked
+    searched = first["cost"]["providers"]["retrieve"]
+    assert (searched["usd"], first["cost"]["usd"]) == (pytest.approx(searched["requests"] / 1000), searched["usd"])
+    assert searched["requests"] == len((tmp_path / "run" / "searches.jsonl").read_text().splitlines()) > 0
     made = read_tasks(tmp_path / "run" / "questions" / "sft.jsonl")
     assert len(made) > 3
     for task in made:

@@ -111,6 +111,22 @@ def test_a_demonstration_comes_as_far_as_it_must(tmp_path, keep):
     assert manifest["attempts"]["passed"] == {"passed": 1}
 
 
+def test_the_manifest_says_what_models_and_providers_cost(tmp_path):
+    usage = {"answers": 3, "prompt_tokens": 100, "completion_tokens": 10, "usd": 0.5, "malformed": 0, "requests": 4}
+
+    async def spent():
+        return {"serper": {"requests": 250, "usd": 0.25}, "judge": {"requests": 2, "usd": 0.125}}
+
+    config = make_config(tmp_path)
+    with open_telemetry(config) as telemetry:
+        teacher = Teacher(runner=Runner(), usage=lambda: {"teacher": usage}, spent=spent)
+        run_virtual(make_demonstrations(config, TASKS[:2], (), teacher, telemetry))
+    cost = json.loads((tmp_path / "sampling" / "manifest.json").read_text())["cost"]
+    assert (cost["usd"], cost["models"]["teacher"]["prompt_tokens"]) == (0.875, 100)
+    assert cost["providers"] == {"judge": {"requests": 2, "usd": 0.125}, "serper": {"requests": 250, "usd": 0.25}}
+    assert "requests to serper" in (tmp_path / "sampling" / "report.html").read_text()
+
+
 def test_several_demonstrations_of_a_question_can_be_kept(tmp_path):
     runner = Runner(correct=lambda task, attempt, member: attempt != 1)
     sample(tmp_path, runner, "attempts=5", "accepted_per_question=2", tasks=TASKS[:2])

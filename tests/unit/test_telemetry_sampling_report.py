@@ -62,5 +62,14 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
         render_sampling_report(tmp_path)
 
 
+def test_more_reasons_than_there_is_room_for_are_summed_up():
+    lost = [(f"reason number {number} of many", 1_000 - number) for number in range(9)]
+    drawn = funnel_chart([Level(label="Attempts", count=10_000, lost=lost), Level(label="Good", count=1_036)])
+    told = re.findall(r'class="tick"[^>]*>([^<]*)<', drawn)
+    assert (len(told), max(map(len, told)) <= 75, told[1].rpartition(" ")[2]) == (2, True, "others")
+    numbers = re.findall(r"([\d,]+) (?:reason|others)", " ".join(told))
+    assert sum(int(number.replace(",", "")) for number in numbers) == sum(number for _, number in lost)
+
+
 def test_an_empty_funnel_can_be_drawn():
     assert "0" in funnel_chart([Level(label="Attempts", count=0), Level(label="Good", count=0)])

@@ -74,6 +74,8 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         live = Services(tokenizer=tokenizer)
         starting: Starting = []
         ledger = _spawn_ledger(stack, config, starting) if _needs_ledger(config) else None
+        if ledger is not None:
+            live = replace(live, spent=lambda: answer(ledger.spent.remote(), stage="ledger", timeout_s=CLOSE_TIMEOUT_S))
         if "tools" in parts:
             live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger))
         if "judge" in parts:

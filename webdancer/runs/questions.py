@@ -1,13 +1,12 @@
 """`webdancer synthesize`: crawl, make questions (CRAWLQA or E2HQA, with a model or without one), leave out what is unfit, share out.
 
 crawl/                  pages.jsonl, left_out.jsonl    the crawl, from which a killed job goes on
-questions/              the pools, every candidate, the manifest (synthesis/pools.py)
+questions/              the pools, every candidate, the manifest (synthesis/pools.py), report.html
 answers.jsonl           what the model was paid for; nothing in it is asked again
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
@@ -28,13 +27,16 @@ from webdancer.synthesis.frontier import CrawlBudget
 from webdancer.synthesis.hygiene import Hygiene
 from webdancer.synthesis.infobox_rounds import InfoboxRounds
 from webdancer.synthesis.kept_search import KeptSearch
+from webdancer.synthesis.manifest import cost, provenance
 from webdancer.synthesis.model_questions import ModelQuestions
 from webdancer.synthesis.model_rounds import ModelRounds
 from webdancer.synthesis.page import CrawledPage
 from webdancer.synthesis.page_questions import PageQuestions
 from webdancer.synthesis.pools import PoolFiles, split_of
 from webdancer.telemetry import Telemetry
+from webdancer.telemetry.questions_report import write_questions_report
 from webdancer.tools.extraction import Extraction
+from webdancer.tools.ledger import FILE_NAME as SPENDING
 from webdancer.tools.ledger import Ledger, providers
 from webdancer.tools.polite import PoliteFetcher
 from webdancer.tools.readers import page_policy
@@ -44,7 +46,6 @@ from webdancer.types import Task
 
 _PATIENCE_S = 600.0
 """For one page of a site that asks to wait."""
-_NOT_IN_MANIFEST = ("base_url", "max_concurrent", "max_attempts", "timeout_s", "budget_usd")
 
 PagesBySplit = dict[str, list[CrawledPage]]
 
@@ -57,11 +58,13 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
     evaluation = [task.question for path in synthesis.evaluation_sets for task in read_tasks(path)]
     crawled = Crawl(pages=(), failed={}, left=0) if seeds else await _crawl(config, telemetry, run_dir / "crawl")
     files = PoolFiles(run_dir / "questions", synthesis)
+    ledger = Ledger(budget_usd=config.tools.budget_usd, path=run_dir / SPENDING)
     hygiene = Hygiene(near_duplicate=synthesis.near_duplicate, evaluation=evaluation)
     async with AsyncExitStack() as stack:
         stack.callback(files.close)
         model = await stack.enter_async_context(_model(config, run_dir)) if synthesis.llm.base_url else None
-        source = await _source(config, crawled.pages, seeds, model, stack)
+        stack.callback(ledger.write)
+        source = await _source(config, crawled.pages, seeds, model, ledger, stack)
         asked = closed_book(model, attempts=synthesis.closed_book_attempts) if model and synthesis.closed_book_attempts else None
         with telemetry.progress("questions", total=sum(need.count for need in files.needs)) as progress:
             num_left_out = 0
@@ -70,7 +73,10 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
                 num_left_out += bool(outcome.reason)
                 if not outcome.reason:
                     progress.advance(left_out=num_left_out, usd=model.usage.usd if model and model.usage.usd else None)
-        return files.finish(_provenance(config, crawled, model))
+        usage = {"writer": asdict(model.usage)} if model else {}
+        manifest = files.finish(provenance(config, crawled) | {"cost": cost(usage, ledger.spent)})
+    write_questions_report(run_dir / "questions")
+    return manifest
 
 
 async def _crawl(config: Config, telemetry: Telemetry, folder: Path) -> Crawl:
@@ -119,7 +125,12 @@ async def _crawl(config: Config, telemetry: Telemetry, folder: Path) -> Crawl:
 
 
 async def _source(
-    config: Config, pages: Iterable[CrawledPage], seeds: tuple[Task, ...], model: ChatModel | None, stack: AsyncExitStack
+    config: Config,
+    pages: Iterable[CrawledPage],
+    seeds: tuple[Task, ...],
+    model: ChatModel | None,
+    ledger: Ledger,
+    stack: AsyncExitStack,
 ) -> Source:
     synthesis = config.synthesis
     by_split: PagesBySplit = {}
@@ -127,7 +138,7 @@ async def _source(
         by_split.setdefault(page.split or split_of(page.url), []).append(page)
     if synthesis.method == "crawlqa":
         return ModelQuestions(by_split, model, seed=config.seed) if model else PageQuestions(by_split, seed=config.seed)
-    search = await stack.enter_async_context(_search(config, pages))
+    search = await stack.enter_async_context(_search(config, pages, ledger))
     if not seeds:
         return EasyToHard(InfoboxRounds(by_split, search), max_rounds=synthesis.max_rounds, seed=config.seed)
     assert model is not None  # config_validation: seeds need one
@@ -138,7 +149,7 @@ async def _source(
 
 
 @asynccontextmanager
-async def _search(config: Config, pages: Iterable[CrawledPage]) -> AsyncIterator[Search]:
+async def _search(config: Config, pages: Iterable[CrawledPage], ledger: Ledger) -> AsyncIterator[Search]:
     """The configured search; where none is and other sites were crawled, a search over what was crawled."""
     tools = config.tools
     if tools.search.backend == "retrieve" and not tools.search.url:
@@ -154,7 +165,7 @@ async def _search(config: Config, pages: Iterable[CrawledPage]) -> AsyncIterator
 
         yield search
         return
-    provider, ledger = providers(tools)[0], Ledger(budget_usd=tools.budget_usd)
+    provider = providers(tools)[0]
     backend = open_backend(
         tools.search, lambda policy: PoliteFetcher(policy, tools.polite, provider=provider, quota=ledger, patience_s=_PATIENCE_S)
     )
@@ -174,19 +185,3 @@ async def _model(config: Config, run_dir: Path) -> AsyncIterator[ChatModel]:
         yield model
     finally:
         await model.aclose()
-
-
-def _provenance(config: Config, crawled: Crawl, model: ChatModel | None) -> dict[str, Any]:
-    """What the questions were made with and of, for the manifest."""
-    settings = asdict(config.synthesis)
-    settings["llm"] = {name: value for name, value in settings["llm"].items() if name not in _NOT_IN_MANIFEST}
-    reasons = Counter(" ".join(reason.split()[:2]).rstrip(":,") for reason in crawled.failed.values())
-    found: dict[str, Any] = {
-        "seed": config.seed,
-        "settings": settings,
-        "crawl": {"pages": len(crawled.pages), "left_out": dict(sorted(reasons.items())), "not_visited": crawled.left},
-    }
-    if model is not None:
-        usage = asdict(model.usage)
-        found["model"] = {name: usage[name] for name in ("answers", "prompt_tokens", "completion_tokens", "usd", "malformed")}
-    return found

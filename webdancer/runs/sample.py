@@ -27,6 +27,7 @@ from webdancer.runs.teacher import Teacher
 from webdancer.runs.together import together
 from webdancer.synthesis.attempts import AttemptLog, Record, settle
 from webdancer.synthesis.funnel import KNOWN_TOOLS, Outcome, attempt_of, sift
+from webdancer.synthesis.manifest import cost
 from webdancer.synthesis.sampling_files import SampleFiles, counts, told, write_files
 from webdancer.telemetry import Telemetry
 from webdancer.telemetry.sampling_report import write_sampling_report
@@ -53,7 +54,7 @@ async def make_demonstrations(
                 on_episode=telemetry.record,
             )
         questions = settle(tasks, reserved, log, config.sample)
-        write_files(config, files, questions, log, cost=teacher.usage())
+        write_files(config, files, questions, log, cost=cost(teacher.usage(), await teacher.spent()))
     write_sampling_report(files.folder)
     telemetry.log("sample", 0, {f"sample/{name}": float(value) for name, value in counts(questions).items()})
     return told(questions)

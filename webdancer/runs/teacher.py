@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from webdancer.config import Config, LlmConfig
-from webdancer.interfaces import EpisodeRunner, Policy, Services
+from webdancer.interfaces import EpisodeRunner, Policy, Services, Spent, nothing_spent
 from webdancer.llm.answers import AnswerLog
 from webdancer.llm.client import ChatModel
 from webdancer.offline_web.expert import ExpertNoise, ScriptedExpert
@@ -28,11 +28,12 @@ from webdancer.tools.toolbox import INFRASTRUCTURE_ERRORS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """`checker` is None where the rules alone decide. `usage`: what the chat models have cost, by their part."""
+    """`checker` is None where the rules alone decide. `usage`: what the chat models have cost, by part; `spent`: all other services."""
 
     runner: EpisodeRunner
     checker: QualityCheck | None = None
     usage: Callable[[], dict[str, dict[str, Any]]] = dict
+    spent: Spent = nothing_spent
 
 
 @asynccontextmanager
@@ -58,7 +59,11 @@ async def open_teacher(config: Config, services: Services, folder: Path) -> Asyn
         checker = None
         if sample.quality.llm.base_url and sample.keep == "quality":
             checker = QualityCheck(open_model("checker", sample.quality.llm, keys.CHECKER))
-        yield Teacher(runner=runner, checker=checker, usage=lambda: {part: asdict(model.usage) for part, model in models.items()})
+
+        def usage() -> dict[str, dict[str, Any]]:
+            return {part: asdict(model.usage) for part, model in models.items()}
+
+        yield Teacher(runner=runner, checker=checker, usage=usage, spent=services.spent)
 
 
 def local_runner(config: Config, policy: Policy, services: Services) -> EpisodeRunner:

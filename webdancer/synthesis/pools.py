@@ -20,6 +20,7 @@ from typing import Any
 from webdancer.config import SynthesisConfig
 from webdancer.data.tasks import task_row, write_tasks
 from webdancer.synthesis.collect import Need, Outcome
+from webdancer.synthesis.manifest import described
 from webdancer.telemetry.jsonl import JsonlWriter
 from webdancer.types import Task
 from webdancer.whole_file import write_whole
@@ -91,7 +92,7 @@ class PoolFiles:
             "counts": {name: _counts(tasks) for name, tasks in self._pools.items()},
             "left_out": dict(sorted(self._reasons.items())),
             "missing": {f"{n.split} {n.type}": n.count - self._met[n] for n in self._needs if n.count > self._met[n]},
-            "files": {name: _described(self._folder / name) for name in names},
+            "files": {name: described(self._folder / name) for name in names},
         }
         write_whole(self._folder / MANIFEST_FILE, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         return manifest
@@ -127,8 +128,3 @@ def _counts(tasks: Sequence[Task]) -> dict[str, Any]:
         "by_hops": {str(hops): n for hops, n in sorted(Counter(task.metadata["hops"] for task in tasks).items())},
         "by_language": dict(sorted(Counter(str(task.metadata["language"]) for task in tasks).items())),
     }
-
-
-def _described(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"sha256": hashlib.sha256(content).hexdigest(), "rows": content.count(b"\n")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from webdancer.data.demonstrations import write_demonstrations
 from webdancer.data.jsonl import write_rows
 from webdancer.data.tasks import write_tasks
 from webdancer.synthesis.attempts import DEMONSTRATED, RESERVED, STATES, AttemptLog, Question, Record
+from webdancer.synthesis.manifest import described
 from webdancer.whole_file import write_whole
 
 
@@ -78,7 +78,7 @@ def make_manifest(config: Config, files: SampleFiles, questions: Sequence[Questi
         "questions": {state: states[state] for state in STATES},
         "attempts": {stage: dict(sorted(reasons.items())) for stage, reasons in sorted(stages.items())},
         "demonstrations": sum(len(question.accepted) for question in questions),
-        "files": {str(path.relative_to(files.run_dir)): _digest(path) for path in written},
+        "files": {str(path.relative_to(files.run_dir)): described(path) for path in written},
         "cost": dict(cost),
     }
 
@@ -119,12 +119,3 @@ def _records(questions: Sequence[Question]) -> Iterator[Record]:
 def _released(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is only ours; the id stays."""
     return {name: value for name, value in row.items() if name != "sampling"}
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    digest, rows = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for line in file:
-            digest.update(line)
-            rows += 1
-    return {"rows": rows, "sha256": digest.hexdigest()}

@@ -8,6 +8,7 @@ from html import escape
 
 LABELS, MIDDLE, SPAN, WIDTH = 130, 320, 360, 860
 BAR, GAP = 28, 44
+LINE_CHARS, MAX_LINES = 56, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +33,27 @@ def funnel_chart(levels: Sequence[Level]) -> str:
         parts.append(f'<text class="value" x="{MIDDLE + SPAN / 2 + 16:.0f}" y="{top + 19}">{level.count:,}{share}</text>')
         if index + 1 < len(levels):
             parts.append(_narrowing(half, _half(levels[index + 1].count, most), top + BAR, level.tone))
-            lost = " · ".join(f"{number:,} {reason}" for reason, number in level.lost)
-            told = f"− {lost}" if lost else "none lost"
-            parts.append(f'<text class="tick" x="{MIDDLE + SPAN / 2 + 16:.0f}" y="{top + BAR + 26}">{escape(told)}</text>')
+            told = _told(level.lost)
+            first = top + BAR + 33 - 7 * len(told)
+            for number, line in enumerate(told):
+                parts.append(f'<text class="tick" x="{MIDDLE + SPAN / 2 + 16:.0f}" y="{first + 14 * number}">{escape(line)}</text>')
     height = 12 + len(levels) * (BAR + GAP) - GAP
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def _told(lost: Sequence[tuple[str, int]]) -> list[str]:
+    """Reasons in as many lines as there is room for; those that do not fit are summed up."""
+    if not lost:
+        return ["none lost"]
+    lines = ["−"]
+    for index, (reason, number) in enumerate(lost):
+        piece = f"{number:,} {reason}"
+        if index and len(lines[-1]) + len(piece) > LINE_CHARS:
+            if len(lines) == MAX_LINES:
+                return [*lines[:-1], f"{lines[-1]} {sum(left for _, left in lost[index:]):,} others"]
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {piece}".strip() + (" ·" if index + 1 < len(lost) else "")
+    return lines
 
 
 def _half(count: int, most: int) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 from webdancer.agent.actions import parse_action
 from webdancer.agent.prompt import observation_of, question_of
 from webdancer.errors import DataError
-from webdancer.telemetry.charts import Bar, bar_chart
-from webdancer.telemetry.funnel_chart import Level, funnel_chart
+from webdancer.telemetry.data_report import Thinned, bars, bins, cost_tiles, figures, funnel, headline, kind_of, kind_table, section
+from webdancer.telemetry.funnel_chart import Level
 from webdancer.telemetry.jsonl import read_jsonl
 from webdancer.telemetry.report import page
 from webdancer.telemetry.report_trajectory import trajectory_article
@@ -38,17 +38,16 @@ _STATE_NAMES = {
     "not_needed": "not needed",
     "reserved": "reserved",
 }
-_BINS = 12
 
 
 @dataclass(slots=True)
 class _Seen:
     """What one pass over the attempts keeps: figures of all, texts of ten."""
 
-    policy_tokens: list[int] = field(default_factory=list)
+    policy_tokens: Counter[int] = field(default_factory=Counter)
     num_actions: Counter[int] = field(default_factory=Counter)
     tools: Counter[str] = field(default_factory=Counter)
-    kept: list[Mapping[str, Any]] = field(default_factory=list)
+    kept: Thinned[Mapping[str, Any]] = field(default_factory=lambda: Thinned(NUM_SHOWN))
     rejected: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -79,22 +78,16 @@ def render_sampling_report(folder: Path) -> str:
 
 
 def _look(rows: Iterable[Mapping[str, Any]], shown: set[str]) -> _Seen:
-    """Demonstrations are thinned out as they come, so that at most 2 x NUM_SHOWN are held and those left lie evenly over the file."""
     seen = _Seen()
-    stride, count = 1, 0
     for row in rows:
         told = row["sampling"]
         if row["id"] not in shown:
             seen.rejected.setdefault(told["reason"] or "surplus", row)
             continue
-        seen.policy_tokens.append(told["num_policy_tokens"])
+        seen.policy_tokens[told["num_policy_tokens"]] += 1
         seen.num_actions[told["num_actions"]] += 1
         seen.tools.update(told["actions"])
-        if count % stride == 0:
-            seen.kept.append(row)
-        count += 1
-        if len(seen.kept) > 2 * NUM_SHOWN:
-            seen.kept, stride = seen.kept[::2], stride * 2
+        seen.kept.add(row)
     return seen
 
 
@@ -109,16 +102,12 @@ def _headline(manifest: Mapping[str, Any], num_questions: int) -> str:
         (f"{manifest['demonstrations']:,}", "demonstrations"),
         (f"{num_questions - states['demonstrated']:,}", "questions for RL"),
     ]
-    if manifest["cost"]:
-        usages = manifest["cost"].values()
-        tokens = sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
-        tiles += [(f"{tokens:,}", "tokens of chat models"), (f"${sum(usage['usd'] for usage in usages):,.2f}", "paid for them")]
-    shown = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in tiles)
+    tiles += cost_tiles(manifest["cost"])
     lead = (
         f"{escape(names[sample['backend']])} tried each question up to {sample['attempts']} times; what came through the funnel as far as "
         f"<strong>{escape(sample['keep'])}</strong> is a demonstration, every other question is for RL."
     )
-    return f'<header><p class="brand">WebDancer</p><h1>Sampling</h1><p class="lead">{lead}</p><div class="tiles">{shown}</div></header>'
+    return headline("Sampling", lead, tiles)
 
 
 def _funnel(manifest: Mapping[str, Any]) -> str:
@@ -134,65 +123,28 @@ def _funnel(manifest: Mapping[str, Any]) -> str:
         levels.append(Level(label=_AFTER[stage], count=count, lost=told, tone="tone-3" if index >= green else "tone-1"))
         count -= sum(lost.values())
     note = "Green: far enough to be a demonstration. A question is done with its first ones, so there may be fewer."
-    return _section("The funnel", f"<figure>{funnel_chart(levels)}<figcaption>{note}</figcaption></figure>")
+    return section("The funnel", funnel(levels, note))
 
 
 def _questions(questions: Sequence[Mapping[str, Any]]) -> str:
-    """By type and hops, a column a state."""
-    cells = Counter((_kind(question), question["state"]) for question in questions)
-    kinds = sorted({kind for kind, _ in cells}, key=lambda kind: (not kind[:1].isdigit(), kind))
-    states = [state for state in _STATE_NAMES if any(cells[kind, state] for kind in kinds)]
-    head = "<th>question</th><th>n</th>" + "".join(f"<th>{_STATE_NAMES[state]}</th>" for state in states)
-    rows = []
-    for kind in kinds:
-        total = sum(cells[kind, state] for state in states)
-        numbers = "".join(f"<td>{cells[kind, state]:,}</td>" for state in states)
-        rows.append(f"<tr><th>{escape(kind)}</th><td>{total:,}</td>{numbers}</tr>")
-    numbers = "".join(f"<td>{sum(cells[kind, state] for kind in kinds):,}</td>" for state in states)
-    rows.append(f'<tr class="total"><th>all</th><td>{len(questions):,}</td>{numbers}</tr>')
-    return _section("Questions", f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
-
-
-def _kind(question: Mapping[str, Any]) -> str:
-    kind, hops = str(question.get("type", "")), int(question.get("hops", 0))
-    if kind.lower() in ("count", "intersection") or hops < 1:
-        return kind.upper() or str(question.get("tag", "")) or "other"
-    return f"{hops} hop{'s' if hops > 1 else ''}"
+    return section("Questions", kind_table(Counter((kind_of(question), question["state"]) for question in questions), _STATE_NAMES))
 
 
 def _demonstrations(seen: _Seen) -> str:
-    if not seen.policy_tokens:
-        return ""
-    actions = [Bar(label=f"{number} actions", value=count, text=f"{count:,}") for number, count in sorted(seen.num_actions.items())]
-    lengths = [Bar(label=label, value=count, text=f"{count:,}", tone="tone-3") for label, count in _bins(seen.policy_tokens)]
-    tools = [Bar(label=name, value=count, text=f"{count:,}", tone="tone-2") for name, count in seen.tools.most_common()]
-    charts = [
-        ("Actions", "tool calls and the answer, a demonstration", actions),
-        ("Length", "tokens that are trained on, a demonstration", lengths),
-        ("Tool calls", "in all demonstrations", tools),
-    ]
-    shown = "".join(
-        f"<figure><h3>{title}</h3>{bar_chart(bars)}<figcaption>{note}</figcaption></figure>"
-        for title, note, bars in charts
-        if bars
+    actions = [(f"{number} actions", count) for number, count in sorted(seen.num_actions.items())]
+    shown = figures(
+        [
+            ("Actions", "tool calls and the answer, a demonstration", bars(actions)),
+            ("Length", "tokens that are trained on, a demonstration", bars(bins(seen.policy_tokens), "tone-3")),
+            ("Tool calls", "in all demonstrations", bars(seen.tools.most_common(), "tone-2")),
+        ]
     )
-    return _section("Demonstrations", shown)
-
-
-def _bins(values: Sequence[int]) -> list[tuple[str, int]]:
-    """About a dozen equal bins of a round width, the empty ones between others included."""
-    low, high = min(values), max(values)
-    sizes = (factor * 10**exponent for exponent in range(12) for factor in (1, 2, 5))
-    width = next(size for size in sizes if (high - low) / size < _BINS)
-    counts = Counter(value // width for value in values)
-    return [(f"{index * width}-{index * width + width - 1}", counts[index]) for index in range(low // width, high // width + 1)]
+    return section("Demonstrations", shown) if shown else ""
 
 
 def _samples(seen: _Seen) -> str:
     rejected = list(seen.rejected.items())[:MAX_REJECTED]
-    num_kept = min(NUM_SHOWN - len(rejected), len(seen.kept))
-    kept = [seen.kept[index * len(seen.kept) // num_kept] for index in range(num_kept)]
-    parts = [trajectory_article(_as_recorded(row), "Demonstration") for row in kept]
+    parts = [trajectory_article(_as_recorded(row), "Demonstration") for row in seen.kept.pick(NUM_SHOWN - len(rejected))]
     for reason, row in rejected:
         detail = row["sampling"]["detail"]
         title = f"Not kept, {reason.replace('_', ' ')}" + (f" ({detail[:80]})" if detail else "")
@@ -201,7 +153,7 @@ def _samples(seen: _Seen) -> str:
         '<p class="legend"><span class="think">thought</span><span class="call">tool call</span>'
         '<span class="observation">observation (never trained on)</span><span class="answer">answer</span></p>'
     )
-    return _section(f"{len(parts)} trajectories", legend + "".join(parts)) if parts else ""
+    return section(f"{len(parts)} trajectories", legend + "".join(parts)) if parts else ""
 
 
 def _as_recorded(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +177,3 @@ def _as_recorded(row: Mapping[str, Any]) -> dict[str, Any]:
         "versions": None,
         "turns": turns,
     }
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
