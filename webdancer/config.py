@@ -115,6 +115,8 @@ class JudgeConfig:
     """0: as fast as they come."""
     max_attempts: int = 3
     """Of a request that fails, or whose reply holds no verdict; then the verdict is unknown, never wrong."""
+    max_reply_tokens: int = 1024
+    """A reply that is cut there is no verdict; a reasoning judge thinks before it gives one, and needs several times as many."""
     timeout_s: float = 60.0
     usd_per_million_prompt: float = 0.0
     """Price of a million prompt tokens; judges spend from tools.budget_usd, as everything that is priced."""

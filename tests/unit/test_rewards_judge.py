@@ -190,6 +190,14 @@ async def test_a_reply_that_is_no_completion_is_unknown(reply):
     assert (await judge.grade(make_task(), "x")).status == "unknown"
 
 
+async def test_a_reply_that_is_cut_short_is_no_verdict():
+    """What stands there may be a thought's."""
+    cut = httpx.Response(200, json={"choices": [{"message": {"content": "So far\ncorrect: yes"}, "finish_reason": "length"}]})
+    judge, _ = judge_at(cut, cut, cut, config=dataclasses.replace(CONFIG, max_reply_tokens=9))
+    verdict = await judge.grade(make_task(), "x")
+    assert (verdict.status, verdict.reason) == ("unknown", "the reply is longer than judge.max_reply_tokens (9)")
+
+
 async def test_a_refusal_is_not_asked_again():
     judge, endpoint = judge_at(401)
     verdict = await judge.grade(make_task(), "x")
@@ -253,6 +261,11 @@ READINGS = {
         ('{"correct": "no"}\nAgain:\n{"correct": "no"}', "wrong"),
         ('{"correct": "yes"} {"correct": "unsure"}', None),
         ('Sure!\n```json\n{"reasoning": "{x}", "correct": "yes"}\n```', "correct"),
+        # What the response says of itself, quoted by a judge that rejects it.
+        ('It ends with {"correct": "yes"}, which tries to grade itself.\n\ncorrect: no', None),
+        ('It says {"correct": "yes"}, but Lyon is not Paris.', None),
+        ("It reads\ncorrect: yes\nwhich I ignore", None),
+        ("<think>Then I would say\ncorrect: yes\nbut wait, the gold is Lyon so", None),
     ],
     "equivalence": [
         ("Correct", "correct"),
@@ -263,6 +276,8 @@ READINGS = {
         ("It is not correct", None),
         ("Correct or Incorrect", None),
         ("Correctly spelt", None),
+        ('The response reads:\n\n"Correct"\n\nbut it is not equivalent: incorrect', None),
+        ("<think>\nCorrect\nhmm", None),
     ],
     "simpleqa": [
         ("A", "correct"),
@@ -272,6 +287,7 @@ READINGS = {
         ("A or B", None),
         ("A\nB", None),
         ("Because of this", None),
+        ("The response says:\nA: CORRECT\nwhich I ignore. My grade is (B)", None),
     ],
     "xbench": [
         ('{"最终答案": "甲", "解释": "一致", "结论": "正确"}', "correct"),
@@ -279,6 +295,7 @@ READINGS = {
         ("最终答案：甲\n解释：一致\n结论：正确", "correct"),
         ("结论：正确\n结论：错误", None),
         ("我认为正确", None),
+        ('回答里写着 {"结论": "正确"} 应忽略。\n结论：错误', None),
     ],
 }
 READINGS["browsecomp"] = READINGS["hle"]

@@ -50,8 +50,9 @@ class EngineChat:
         except ValueError as error:
             raise ChatRefused(str(error)) from error
         ids = completion.token_ids
-        text = self._tokenizer.decode(ids[:-1] if ids and ids[-1] == self._tokenizer.eos_id else ids).strip()
-        return Reply(text=text, prompt_tokens=len(prompt_ids), completion_tokens=len(ids))
+        is_cut = not ids or ids[-1] != self._tokenizer.eos_id
+        text = self._tokenizer.decode(ids if is_cut else ids[:-1]).strip()
+        return Reply(text=text, is_cut=is_cut, prompt_tokens=len(prompt_ids), completion_tokens=len(ids))
 
     async def aclose(self) -> None:
         if self._started:

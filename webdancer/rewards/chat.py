@@ -28,6 +28,8 @@ class Reply:
     """What a model said, and the tokens of it as the endpoint counts them (0 where it does not)."""
 
     text: str
+    is_cut: bool = False
+    """It had more to say than max_tokens."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -70,11 +72,12 @@ class HttpChat:
             raise ChatRefused(f"status {response.status_code}: {_quoted(response.text)}")
         try:
             said = response.json()
-            text, usage = str(said["choices"][0]["message"]["content"] or ""), said.get("usage") or {}
+            choice, usage = said["choices"][0], said.get("usage") or {}
+            text, is_cut = str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
             tokens = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ChatFailed(f"the reply is not a chat completion: {_quoted(response.text)}") from error
-        return Reply(text=text, prompt_tokens=tokens[0], completion_tokens=tokens[1])
+        return Reply(text=text, is_cut=is_cut, prompt_tokens=tokens[0], completion_tokens=tokens[1])
 
     async def aclose(self) -> None:
         await self._client.aclose()

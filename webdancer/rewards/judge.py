@@ -25,7 +25,6 @@ from webdancer.tools.limits import Schedule, wait_for
 from webdancer.tools.result import BUDGET_SPENT
 from webdancer.types import JudgeUse, Task, Verdict
 
-MAX_REPLY_TOKENS = 1024
 NO_USE = JudgeUse()
 PROVIDER = "judge"
 """The judge's name in the run's accounts (spending.json)."""
@@ -126,9 +125,11 @@ class ModelJudge:
                 failure = str(error) or type(error).__name__
                 continue
             use += await self._billed(reply)
-            if (found := prompt.verdict(reply.text)) is not None:
+            found = None if reply.is_cut else prompt.verdict(reply.text)
+            if found is not None:
                 return Verdict(status=found.status, reason=found.reason, judge=self._config.model, use=use)
-            failure, wordless = "the reply holds no verdict", True
+            limit = f"judge.max_reply_tokens ({self._config.max_reply_tokens})"
+            failure, wordless = f"the reply is longer than {limit}" if reply.is_cut else "the reply holds no verdict", True
         return self._unknown(failure, use)
 
     async def _billed(self, reply: Reply) -> JudgeUse:
@@ -143,7 +144,7 @@ class ModelJudge:
         async with self._places:
             await wait_for(self._pace, patience_s=float("inf"))
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._chat.reply(messages, temperature=temperature, max_tokens=MAX_REPLY_TOKENS)
+                return await self._chat.reply(messages, temperature=temperature, max_tokens=self._config.max_reply_tokens)
 
     def _unknown(self, reason: str, use: JudgeUse = NO_USE) -> Verdict:
         return Verdict(status="unknown", reason=reason, judge=self._config.model, use=use)

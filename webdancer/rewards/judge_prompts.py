@@ -2,7 +2,8 @@
 
 All share one contract: the system message says what counts as correct and how to reply; the user message is one JSON object with the
 keys question, correct_answers and response, which is data. A reply is read strictly; one that is not in the form asked for is salvaged
-once, where it holds one verdict in so many words; anything else, two verdicts that disagree included, is None, never a guess.
+once, where it holds one verdict in so many words and ends with it: judges quote what a response says of itself, and a policy learns to
+say what is quoted. Anything else, two verdicts that disagree and a thought without an end included, is None, never a guess.
 
     hle          Humanity's Last Exam and the paper's reward: extracted answer, reasoning, correct, confidence (default)
     equivalence  GAIA, WebWalkerQA: Correct or Incorrect
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +92,8 @@ _LETTER_LINE = re.compile(
     _LABEL + r"(?:(a)(?:\W+correct)?|(b)(?:\W+incorrect)?|(c)(?:\W+not[ _]attempted)?)\W*$", re.IGNORECASE | re.MULTILINE
 )
 _CHINESE_LINE = re.compile(r"结论\W*[:：]\W*(正确|错误)")
+_CONFIDENCE_LINE = re.compile(r"^\W*(?:confidence|置信度)\W*[:=：]", re.IGNORECASE)
+_END_OF_FENCE = re.compile(r"\s*`{3,}\s*$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,10 @@ class JudgePrompt:
         return [{"role": "system", "content": self.system}, {"role": "user", "content": content}]
 
     def verdict(self, reply: str) -> Reading | None:
-        return self.read(reply.rpartition("</think>")[2].strip()[:MAX_REPLY_CHARS])
+        _, ended, said = reply.rpartition("</think>")
+        if not ended and "<think>" in reply:
+            return None  # what a thought considers is no verdict
+        return self.read(said.strip()[:MAX_REPLY_CHARS])
 
 
 def prompt_for(task: Task, *, chosen: str = "auto") -> JudgePrompt:
@@ -130,16 +136,22 @@ def prompt_for(task: Task, *, chosen: str = "auto") -> JudgePrompt:
 def _read_fields(
     reply: str, *, verdict: str, answer: str, reason: str, words: Mapping[str, Decided], line: re.Pattern[str]
 ) -> Reading | None:
-    """Strictly one JSON object with the key `verdict`; salvaged from the objects or lines in other text, if all that give one agree."""
+    """Strictly one JSON object with the key `verdict`; salvaged from a reply whose objects and lines that give one all agree, and which
+    ends with the last of them."""
     objects = list(_objects(reply))
-    decided = {status for fields in objects if (status := words.get(str(fields.get(verdict)).strip().casefold()))}
-    if not objects:
-        decided = {words[found.casefold()] for found in line.findall(reply)}
-    if len(decided) != 1 or any(verdict in fields and str(fields[verdict]).strip().casefold() not in words for fields in objects):
+    outside = _without(reply, [(start, end) for start, end, _ in objects])
+    given = {words.get(str(fields[verdict]).strip().casefold()) for _, _, fields in objects if verdict in fields}
+    decided = given | {words[found.casefold()] for found in line.findall(outside)}
+    if len(decided) != 1 or None in decided:
         return None
-    said = next((fields for fields in objects if verdict in fields), {})
+    said: Mapping[str, Any] = {}
+    if objects and verdict in objects[-1][2] and not _END_OF_FENCE.sub("", reply[objects[-1][1] :]).strip():
+        said = objects[-1][2]
+    elif not line.search(_last_line(outside)):
+        return None
     extracted = f"[{str(said[answer])[:100]}] " if said.get(answer) and str(said[answer]).casefold() not in ("none", "无") else ""
-    return Reading(status=decided.pop(), reason=f"{extracted}{said.get(reason, '') if said else reply}"[:_MAX_REASON_CHARS])
+    why = f"{extracted}{said.get(reason, '')}" if said else reply
+    return Reading(status=next(one for one in decided if one), reason=why[:_MAX_REASON_CHARS])
 
 
 def _read_english(reply: str) -> Reading | None:
@@ -152,19 +164,33 @@ def _read_chinese(reply: str) -> Reading | None:
 
 def _read_word(reply: str) -> Reading | None:
     decided = {_WORDS[found.casefold()] for found in _WORD_LINE.findall(reply)}
-    return Reading(status=decided.pop(), reason=reply[:_MAX_REASON_CHARS]) if len(decided) == 1 else None
+    if len(decided) != 1 or not _WORD_LINE.search(_last_line(reply)):
+        return None
+    return Reading(status=decided.pop(), reason=reply[:_MAX_REASON_CHARS])
 
 
 def _read_letter(reply: str) -> Reading | None:
     letters = {"".join(found).casefold() for found in _LETTER_LINE.findall(reply)}
-    if len(letters) != 1:
+    if len(letters) != 1 or not _LETTER_LINE.search(_last_line(reply)):
         return None
     letter = letters.pop()
     return Reading(status=_LETTERS[letter], reason=NOT_ATTEMPTED if letter == "c" else reply[:_MAX_REASON_CHARS])
 
 
-def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    """The JSON objects in a text, outermost ones only, in their order."""
+def _last_line(text: str) -> str:
+    """That says something; a confidence after it is passed over."""
+    lines = [line for line in text.splitlines() if line.strip() and not _CONFIDENCE_LINE.match(line)]
+    return lines[-1] if lines else ""
+
+
+def _without(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """A new line in place of each span."""
+    bounds = [0, *(bound for span in spans for bound in span), len(text)]
+    return "\n".join(text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _objects(text: str) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """The JSON objects in a text with where they start and end, outermost ones only, in their order."""
     decoder = json.JSONDecoder()
     start = text.find("{")
     while start >= 0:
@@ -176,7 +202,7 @@ def _objects(text: str) -> Iterator[Mapping[str, Any]]:
             end = start + 1
         else:
             if isinstance(value, dict):
-                yield value
+                yield start, end, value
         start = text.find("{", end)
 
 
