@@ -283,7 +283,8 @@ class SynthesisConfig:
     near_duplicate: float = 0.8
     """Similarity (Jaccard, of runs of words) from which two pages, or two questions with the same answer, count as one; 0: none do."""
     evaluation_sets: list[str] = field(default_factory=list)
-    """Question files that nothing may overlap with: 13 words in a row in common, or a shorter question whole."""
+    """What no question may overlap with, 13 words in a row or a shorter question whole: files in the released layout, or benchmarks as
+    NAME=FILE or NAME (docs/evaluation.md)."""
     closed_book_attempts: int = 0
     """Times that the model is asked a question without tools; one right answer, and the question is dropped. 0: it is not asked."""
     llm: LlmConfig = field(default_factory=LlmConfig)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from webdancer.config import SynthesisConfig
+from webdancer.errors import DataError
+from webdancer.evaluation.benchmarks import load_evaluation_set
+from webdancer.evaluation.ciphers import encrypt
 from webdancer.synthesis.collect import LeftOut, Need, Outcome, collect
 from webdancer.synthesis.hygiene import Hygiene, aliases, described, language
 from webdancer.synthesis.in_order import in_order
+from webdancer.synthesis.pools import PoolFiles
 from webdancer.types import Task
 
 LONG = "Which composer of the late nineteenth century wrote the music for the festival that the town of Bana holds in May?"
@@ -51,7 +57,36 @@ def test_questions_of_evaluation_sets_are_refused():
         task("Who won?"),
         task("Who won the Veka Prize?"),
     ]
-    assert reasons(*asked, evaluation=sets) == ["evaluation_overlap", "", "evaluation_overlap", "", "exact_duplicate", ""]
+    overlap = "evaluation_overlap"
+    assert reasons(*asked, evaluation=sets) == [overlap, "", overlap, "", overlap, ""]
+
+
+def test_a_question_made_of_one_of_an_evaluation_set_is_refused():
+    harder = task("What is the river of the seat of the one that Bax wrote for?")
+    seed = dataclasses.replace(harder, metadata={"seed_question": "What is the river of Kani Soto?", "steps": []})
+    step = dataclasses.replace(harder, metadata={"seed_question": "What?", "steps": [{"question": LONG}]})
+    sets = [LONG, "What is the river of Kani Soto?"]
+    assert [reasons(one, evaluation=sets) for one in (harder, seed, step)] == [[""], ["evaluation_overlap"], ["evaluation_overlap"]]
+
+
+def test_what_overlaps_with_an_encrypted_set_is_written_nowhere(tmp_path):
+    question, canary = "In which year did the twelve singers of the first choir of Bana leave for the coast of Veka?", "key"
+    row = [encrypt(question, canary, "sha256"), encrypt("1954", canary, "sha256"), canary]
+    (tmp_path / "set.csv").write_text("problem,answer,canary\n" + ",".join(row) + "\n")
+    entry = f"browsecomp={tmp_path / 'set.csv'}"
+    (sealed,) = load_evaluation_set(entry)
+    hygiene = Hygiene(near_duplicate=0.8, evaluation=[sealed.question])
+    files = PoolFiles(tmp_path / "questions", SynthesisConfig(evaluation_sets=[entry]))
+    asked = dataclasses.replace(task(f"Tell me: {question}"), id="q1")
+    files.add(Outcome(Need("train", "hop1", 1), asked, hygiene.check(asked)))
+    assert files.finish({})["left_out"] == {"evaluation_overlap": 1}
+    assert not any("choir" in path.read_text() for path in (tmp_path / "questions").iterdir())
+
+
+@pytest.mark.parametrize("entry", ["webwalker=a.jsonl", "nothing.jsonl"])
+def test_an_evaluation_set_that_is_not_there_is_one_line(entry):
+    with pytest.raises(DataError, match=f"{entry}: must be a"):
+        load_evaluation_set(entry)
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40), st.lists(st.sampled_from("abcdefgh"), min_size=13, max_size=40))

@@ -37,7 +37,7 @@ def outcomes():
     yield Outcome(hop, make_task(40, "e2hqa", steps=steps, seed_question=HOSTILE))
     for reason, number in (("quote_not_in_page", 4), ("model_declined", 2), ("unusable_reply", 2), ("miscounted", 1)):
         yield from (Outcome(hop, None, reason, HOSTILE) for _ in range(number))
-    for reason, number in (("exact_duplicate", 3), ("evaluation_overlap", 2)):
+    for reason, number in (("exact_duplicate", 3), ("evaluation_overlap", 1), ("near_duplicate", 1)):
         yield from (Outcome(hop, make_task(50 + again, "hop"), reason) for again in range(number))
     yield Outcome(hop, None, "closed_book", HOSTILE)
 
@@ -66,7 +66,8 @@ def test_the_diagram_shows_every_check_and_why_questions_failed_it(page):
     assert lost == [
         "− 4 quote not in page · 2 model declined ·",
         "2 unusable reply · 1 miscounted",
-        "− 3 exact duplicate · 2 evaluation overlap",
+        "− 3 exact duplicate · 1 evaluation overlap ·",
+        "1 near duplicate",
         "− 1 closed book",
     ]
 
@@ -85,7 +86,7 @@ def test_tokens_requests_and_money_are_told(page):
 
 def test_ten_questions_are_shown_some_of_them_left_out(page):
     fates = Counter(re.findall(r'<p class="facts">([^·]*) ·', page))
-    assert fates == {"for the teacher": 4, "for RL": 3, "held out": 1, "left out: exact duplicate": 1, "left out: evaluation overlap": 1}
+    assert fates == {"for the teacher": 4, "for RL": 3, "held out": 1, "left out: exact duplicate": 1, "left out: near duplicate": 1}
 
 
 def test_no_text_becomes_markup(page):

@@ -158,6 +158,16 @@ def load_benchmark(name: str, source: str = "") -> tuple[Task, ...]:
     return tasks
 
 
+def load_evaluation_set(entry: str) -> tuple[Task, ...]:
+    """The questions of `NAME=SOURCE` or `NAME`, as load_benchmark takes them, or of a file of one's own. Raises DataError."""
+    name, named, source = entry.partition("=")
+    if name in NAMES:
+        return load_benchmark(name, source)
+    if named and not Path(entry).exists():
+        raise DataError(f"{entry}: must be a file, or NAME=FILE with a benchmark of {', '.join(NAMES)}, got the name {name!r}")
+    return read_tasks(entry)
+
+
 def size_note(name: str, num_tasks: int) -> str:
     """What to say about a file that is not the set of the papers; empty where it is."""
     expected = BENCHMARKS[name].num_questions if name in BENCHMARKS else 0

@@ -16,6 +16,7 @@ from typing import Any
 from webdancer.config import Config
 from webdancer.data.tasks import read_tasks
 from webdancer.errors import ConfigError, ServiceError
+from webdancer.evaluation.benchmarks import load_evaluation_set
 from webdancer.llm.answers import AnswerLog
 from webdancer.llm.client import ChatModel
 from webdancer.offline_web.index import Document, SearchIndex
@@ -55,7 +56,7 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
     run_dir = Path(config.run_dir)
     synthesis = config.synthesis
     seeds = read_tasks(synthesis.seeds) if synthesis.seeds else ()
-    evaluation = [task.question for path in synthesis.evaluation_sets for task in read_tasks(path)]
+    evaluation = [task.question for entry in synthesis.evaluation_sets for task in load_evaluation_set(entry)]
     crawled = Crawl(pages=(), failed={}, left=0) if seeds else await _crawl(config, telemetry, run_dir / "crawl")
     files = PoolFiles(run_dir / "questions", synthesis)
     ledger = Ledger(budget_usd=config.tools.budget_usd, path=run_dir / SPENDING)

@@ -2,7 +2,8 @@
 
     exact_duplicate      the same words, whatever case and punctuation
     near_duplicate       nearly the same words and the same answer: questions that only look alike ask for different things
-    evaluation_overlap   13 words in a row in common with a question of an evaluation set, or a shorter one of these whole
+    evaluation_overlap   13 words in a row in common with a question of an evaluation set, or a shorter one of these whole; also of the
+                         simpler question that it was made of
     leak                 the question says its answer
     long_answer          an answer that no rule could grade
     closed_book          a model knows it without looking (asked elsewhere: synthesis/closed_book.py)
@@ -51,16 +52,17 @@ class Hygiene:
         self._similar = SimilarTexts(near_duplicate, run_length=_RUN_LENGTH) if near_duplicate else None
         self._runs: set[str] = set()
         self._short: dict[int, set[str]] = {}
+        self._shortest: set[str] = set()
         for question in evaluation:
             self._refuse(question)
 
     def check(self, task: Task) -> str:
         """The reason to leave it out, or nothing."""
         asked = " ".join(words(task.question))
+        if any(map(self._overlaps, _asked(task))):
+            return OVERLAP
         if asked in self._questions:
             return EXACT_DUPLICATE
-        if self._overlaps(task.question):
-            return OVERLAP
         if leaks(task.question, task.answers):
             return LEAK
         if len(words(task.answers[0])) > _MAX_ANSWER_WORDS:
@@ -86,12 +88,18 @@ class Hygiene:
         elif len(found) >= _SHORT_OVERLAP_WORDS:
             self._short.setdefault(len(found), set()).add(" ".join(found))
         elif found:
-            self._questions.add(" ".join(found))
+            self._shortest.add(" ".join(found))
 
     def _overlaps(self, question: str) -> bool:
-        return not self._runs.isdisjoint(runs(question, _OVERLAP_WORDS)) or any(
+        return " ".join(words(question)) in self._shortest or not self._runs.isdisjoint(runs(question, _OVERLAP_WORDS)) or any(
             not known.isdisjoint(runs(question, length)) for length, known in self._short.items()
         )
+
+
+def _asked(task: Task) -> list[str]:
+    """The question, and what it was before it was made harder: that has the same answer."""
+    earlier = [task.metadata.get("seed_question", ""), *(step["question"] for step in task.metadata.get("steps", ()))]
+    return [task.question, *filter(None, earlier)]
 
 
 def described(task: Task, **more: Any) -> Task:

@@ -20,6 +20,7 @@ from typing import Any
 from webdancer.config import SynthesisConfig
 from webdancer.data.tasks import task_row, write_tasks
 from webdancer.synthesis.collect import Need, Outcome
+from webdancer.synthesis.hygiene import OVERLAP
 from webdancer.synthesis.manifest import described
 from webdancer.telemetry.jsonl import JsonlWriter
 from webdancer.types import Task
@@ -78,7 +79,10 @@ class PoolFiles:
         row: dict[str, Any] = {"state": pool, "split": outcome.need.split, "type": outcome.need.type}
         if outcome.reason:
             row |= {"reason": outcome.reason, "detail": outcome.detail[:500]}
-        self._candidates.write(row | (task_row(outcome.task) if outcome.task is not None else {}))
+        if outcome.task is not None:
+            # A question of an evaluation set is not written down once more: it may be one that is published encrypted.
+            row |= {"id": outcome.task.id} if outcome.reason == OVERLAP else task_row(outcome.task)
+        self._candidates.write(row)
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Write pools and manifest; `more` goes into it. Gives the manifest."""

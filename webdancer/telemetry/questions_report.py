@@ -81,7 +81,7 @@ def _stage(row: Mapping[str, Any]) -> str:
     """Which checks a candidate failed on: those of who wrote it, hygiene, or a model that knew the answer."""
     if row["reason"] == _CLOSED_BOOK:
         return "unknown"
-    return "fit" if "question" in row else "written"
+    return "fit" if "id" in row else "written"
 
 
 def _headline(manifest: Mapping[str, Any], seen: _Seen) -> str:
