@@ -33,10 +33,12 @@ class SearchConfig:
 class SummarizerConfig:
     backend: str = "extractive"
     """extractive: the page's sentences ranked against the goal, no model. openai: a model behind an OpenAI-compatible endpoint, with its
-    key, if it has one, in WEBDANCER_SUMMARIZER_API_KEY of the tool actors' environment."""
+    key, if it has one, in WEBDANCER_SUMMARIZER_API_KEY of the tool actors' environment. engine: the judges' model, on the engines of the
+    judge actors (judge.backend vllm)."""
     base_url: str = ""
-    """What stands before /chat/completions, e.g. http://10.0.0.5:8000/v1; an engine of the cluster will do."""
+    """openai: what stands before /chat/completions, e.g. http://10.0.0.5:8000/v1."""
     model: str = "Qwen/Qwen2.5-72B-Instruct"
+    """openai: at the endpoint."""
     max_tokens: int = 2048
     """Of a reply; it bounds what the agent reads of a page."""
     timeout_s: float = 60.0

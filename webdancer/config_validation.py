@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prompt.style": ("released", "brief"),
     "tools.search.backend": ("retrieve", "index", "serper", "brave", "tavily", "searxng"),
     "tools.visit.backend": ("direct", "jina", "access"),
-    "tools.visit.summarizer.backend": ("extractive", "openai"),
+    "tools.visit.summarizer.backend": ("extractive", "openai", "engine"),
     "tools.search.snippets": ("all", "first"),
     "tools.replay.mode": ("live", "record", "replay", "replay_or_live"),
     "judge.backend": ("match", "openai", "vllm"),
@@ -243,6 +243,9 @@ def _check_providers(config: Config) -> None:
         )
     if summarizer.backend == "openai":
         rule = "be the URL of an OpenAI-compatible endpoint, without credentials, when the summarizer's backend is openai"
+    if summarizer.backend == "engine":
+        rule = "be vllm when tools.visit.summarizer.backend is engine, as the judges' engines are what it asks"
+        _require(config.judge.backend == "vllm", "judge.backend", rule, config.judge.backend)
         _require(bool(_ENDPOINT.fullmatch(summarizer.base_url)), "tools.visit.summarizer.base_url", rule, summarizer.base_url)
 
 

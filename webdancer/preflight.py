@@ -15,7 +15,7 @@ from webdancer.agent.prompt import prompt_messages
 from webdancer.agent.tokenizer import load_tokenizer
 from webdancer.agent.transcript import Transcript
 from webdancer.algorithm.packing import fitting
-from webdancer.config import Config
+from webdancer.config import Config, SummarizerConfig
 from webdancer.config_loading import resolved_yaml
 from webdancer.data.demonstrations import demonstration_sample, read_demonstrations
 from webdancer.data.tasks import read_tasks
@@ -132,8 +132,11 @@ async def _check_web(config: Config) -> None:
     if search.backend == "retrieve" and not search.url:
         check_port(config.web.port)
         return
+    tools_here = config.tools
+    if tools_here.visit.summarizer.backend == "engine":  # which is the cluster's
+        tools_here = replace(tools_here, visit=replace(tools_here.visit, summarizer=SummarizerConfig()))
     try:
-        tools = WebToolbox(config.tools)
+        tools = WebToolbox(tools_here)
     except MissingKey:
         if config.cluster.address == "local":
             raise

@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tests.cluster.speaking_judge import SpeakingJudge
 from tests.hostile_server import hostile_server, response
 from webdancer.cluster.calls import answer, kill, spawn
 from webdancer.cluster.servers import LedgerServer, ToolServer
-from webdancer.cluster.services import ActorChoice, RemoteToolbox
-from webdancer.config import FetchConfig, ReplayConfig, SearchConfig, ToolsConfig, VisitConfig
+from webdancer.cluster.services import ActorChoice, RemoteToolbox, RemoteWriter
+from webdancer.config import FetchConfig, ReplayConfig, SearchConfig, SummarizerConfig, ToolsConfig, VisitConfig
 from webdancer.tools.pieces import owner_key, owners
 from webdancer.types import ToolCall
 
@@ -46,14 +47,14 @@ async def provider():
 
 
 @asynccontextmanager
-async def tool_actors(config, nodes, *, run_dir, count=2):
+async def tool_actors(config, nodes, *, run_dir, count=2, engine=None):
     """One on each of the two other nodes, a third beside the first; the ledger is on the head."""
 
     def on(node):
         return {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
     ledger = spawn(LedgerServer, on(nodes[0]), config, run_dir=str(run_dir))
-    settings = {"config": config, "call_timeout_s": 60.0, "ledger": ledger}
+    settings = {"config": config, "call_timeout_s": 60.0, "ledger": ledger, "engine": engine}
     servers = [spawn(ToolServer, on(nodes[1 + index % 2]), **settings, shard=index) for index in range(count)]
     try:
         await asyncio.gather(*(answer(server.ready.remote(), stage="start", timeout_s=60) for server in servers))
@@ -120,6 +121,32 @@ async def test_a_page_that_moves_to_another_host_is_asked_for_by_that_hosts_owne
             assert all(result.error is None and "All about the owl." in result.text for result in results), results
             asked = [request.split(" ")[1] for request in server.requests]
             assert sorted(path for path in asked if path != "/retrieve") == [*(f"/{number}" for number in range(8)), "/y"]
+
+
+async def test_pages_are_summarized_on_the_engine_of_a_judge(nodes, tmp_path):
+    found = json.dumps({"rational": "It says so.", "evidence": "All about the owl.", "summary": "An owl."})
+    script = ["too long", found, "broken", "I would rather not."]  # ten times too long a page, then an outage, then nothing of use for ever
+    on_head = {"num_cpus": 0, "max_concurrency": 100, "scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[0], soft=False)}
+    judge = spawn(SpeakingJudge, on_head, script)
+    engine = RemoteWriter(ActorChoice([judge], stage="summarizer", timeout_s=60))
+    handlers = {"/y": response("<p>All about the owl.</p>"), "/retrieve": response('{"result": [[]]}', content_type="application/json")}
+    try:
+        async with hostile_server(handlers) as server:
+            summarizer = SummarizerConfig(backend="engine")
+            web = VisitConfig(site=server.origin, extraction_processes=0, summarizer=summarizer)
+            config = ToolsConfig(search=SearchConfig(url=server.origin), visit=web)
+            async with tool_actors(config, nodes, run_dir=tmp_path, count=1, engine=engine) as (servers, _):
+                toolbox = toolbox_over(servers)
+                group = await asyncio.gather(*(toolbox.call(visit("/y")) for _ in range(4)))
+                other_goal = ToolCall(name="visit", arguments={"url": "/y", "goal": "cat"})
+                outage, useless = await toolbox.call(other_goal), await toolbox.call(other_goal)
+        heard = await answer(judge.heard.remote(), stage="judge", timeout_s=30)
+    finally:
+        kill(judge)
+    assert {(result.error, result.text.rpartition("Summary: ")[2].strip()) for result in group} == {(None, "An owl.")}
+    assert (outage.error, useless.error) == ("unavailable", "no_summary")
+    assert len(heard) == 2 + 1 + 3, "a page that is too long once more, an engine that is gone not, words that are no JSON three times"
+    assert all('"page": "All about the owl' in prompt.replace("\\", "") for prompt in (heard[0], heard[2]))
 
 
 async def test_a_group_asks_once_and_a_pool_that_changes_costs_misses_only(nodes, tmp_path):

@@ -1,17 +1,20 @@
-"""A judge on a real vLLM engine, in the judge actor's own class; the tiny model cannot judge, which is unknown and never wrong."""
+"""A judge on a real vLLM engine, in the judge actor's own class, which summarizes as well; the tiny model can do neither, which is unknown
+and never wrong, and no summary."""
 
 from __future__ import annotations
 
 import asyncio
 
 import numpy as np
+import pytest
 
 from tests.fakes import make_task, make_tokenizer
 from webdancer.cluster.servers import JudgeServer
-from webdancer.config import EngineConfig, JudgeConfig
+from webdancer.config import EngineConfig, JudgeConfig, SummarizerConfig, VisitConfig
 from webdancer.inference.chat import EngineChat
 from webdancer.model_location import model_path
 from webdancer.rewards.chat import Reply
+from webdancer.tools.summarize import SummaryFailed, open_summarizer
 from webdancer.types import Completion, VersionSpan
 
 
@@ -32,6 +35,19 @@ class Speaker:
         self.prompts.append(make_tokenizer().decode(prompt_ids))
         spans = (VersionSpan(version=0, start=0, end=len(self.ids)),)
         return Completion(token_ids=self.ids, text="", logprobs=tuple(np.zeros(len(self.ids))), finish="stop", versions=spans)
+
+
+class Here:
+    """cluster.services.RemoteWriter without the cluster."""
+
+    def __init__(self, server):
+        self.server = server
+
+    async def reply(self, messages, *, temperature, max_tokens):
+        return await self.server.reply(messages, temperature, max_tokens)
+
+    async def aclose(self):
+        """The judge's."""
 
 
 async def test_messages_in_text_out():
@@ -56,6 +72,10 @@ async def test_an_engine_of_the_cluster_judges():
     await server.ready()
     try:
         verdict = await server.grade(make_task(), "Bana School")
+        visit = VisitConfig(summarizer=SummarizerConfig(backend="engine", max_tokens=16))
+        summarizer = open_summarizer(visit, cache_entries=0, engine=Here(server))
+        with pytest.raises(SummaryFailed):
+            await summarizer.summarize("school: Bana School.", "school")
     finally:
         await server.stop()
     assert (verdict.status, verdict.reason, verdict.judge) == ("unknown", "the reply holds no verdict", config.model)

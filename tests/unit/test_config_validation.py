@@ -44,6 +44,7 @@ from webdancer.errors import ConfigError
         ),
         (["tools.visit.site=http://host/path"], "tools.visit.site"),
         (["tools.fetch.allowed_origins=['']"], "tools.fetch.allowed_origins"),
+        (["tools.visit.summarizer.backend=engine"], "judge.backend"),
         (["tools.fetch.allowed_ports=[0]"], "tools.fetch.allowed_ports"),
         (["judge.backend=openai"], "judge.base_url"),
         (["rl.optimizer.schedule=linear"], "rl.optimizer.schedule"),

@@ -15,6 +15,7 @@ from webdancer.config import PoliteConfig, SearchConfig, SummarizerConfig, Tools
 from webdancer.errors import ConfigError, ServiceError
 from webdancer.tools import keys
 from webdancer.tools.evidence import Evidence
+from webdancer.tools.provider import ProviderFailed
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS
 from webdancer.tools.summarize import open_summarizer, parse_summary
 from webdancer.tools.toolbox import WebToolbox
@@ -167,6 +168,30 @@ async def test_an_endpoint_that_cannot_summarize_keeps_the_run_from_starting():
     assert CANARY not in str(caught.value)
     async with _visiting(_reply(json.dumps(GOOD))) as (toolbox, _):
         await toolbox.check()
+
+
+class TooShort:
+    """An engine with a context of `limit` characters."""
+
+    def __init__(self, limit):
+        self.limit, self.shown = limit, []
+
+    async def reply(self, messages, *, temperature, max_tokens):
+        self.shown.append(len(json.loads(messages[1]["content"])["page"]))
+        if self.shown[-1] > self.limit:
+            raise ProviderFailed("refused", "too long", status=413)
+        return f"<think>{{}}</think>{json.dumps(GOOD)}"
+
+    async def aclose(self): ...
+
+
+async def test_an_engine_is_shown_as_much_of_a_page_as_it_takes():
+    engine = TooShort(60_000)
+    summarizer = open_summarizer(VisitConfig(summarizer=SummarizerConfig(backend="engine")), cache_entries=9, engine=engine)
+    await summarizer.check()
+    assert engine.shown == [], "a base model need not be right about anything"
+    assert await summarizer.summarize("x" * 150_000, "school") == FOUND
+    assert engine.shown == [150_000, 105_000, 73_500, 51_450]
 
 
 def test_an_endpoint_must_be_named():

@@ -36,7 +36,7 @@ from webdancer.cluster.placement import Resources, label, num_local_cpus, plan_r
 from webdancer.cluster.pool import WorkerPool
 from webdancer.cluster.scaling import scalable
 from webdancer.cluster.servers import JudgeServer, LedgerServer, ToolServer
-from webdancer.cluster.services import ActorChoice, RemoteJudge, RemoteLearner, RemoteRunner, RemoteToolbox
+from webdancer.cluster.services import ActorChoice, RemoteJudge, RemoteLearner, RemoteRunner, RemoteToolbox, RemoteWriter
 from webdancer.cluster.weight_sync import WeightPublisher, check_backend
 from webdancer.cluster.worker import MakeEngine, RolloutWorker, WorkerSpec, make_vllm_engine
 from webdancer.config import Config, ToolsConfig
@@ -77,10 +77,11 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         if ledger is not None:
             live = replace(live, spent=lambda: answer(ledger.spent.remote(), stage="ledger", timeout_s=CLOSE_TIMEOUT_S))
         if "tools" in parts:
-            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger))
-        if "judge" in parts:
-            live = replace(live, judge=_spawn_judges(stack, config, resources, starting, ledger))
+            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger, judges))
         if "rollout" in parts:
+        judges = _spawn_judges(stack, config, resources, starting, ledger) if "judge" in parts else []
+        if judges:
+            live = replace(live, judge=RemoteJudge(ActorChoice(judges, stage="judge", timeout_s=_judge_timeout_s(config))))
             pool = _make_pool(stack, config, resources, live, make_engine)
             starting.append(pool.start())
             at_once = config.rollout.num_workers * (config.rollout.episodes_per_worker or config.engine.max_num_seqs)
@@ -116,10 +117,17 @@ def _restricted(config: Config, parts: Set[str]) -> Config:
     )
 
 
-def _spawn_tools(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any) -> RemoteToolbox:
+def _spawn_tools(
+    stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any, judges: list[Any]
+) -> RemoteToolbox:
     timeout_s = 0.9 * config.episode.tool_timeout_s  # the server's own answer comes before the episode stops waiting
-    tools = _with_absolute_recording(config.tools)
-    settings = {"config": tools, "call_timeout_s": timeout_s, "ledger": ledger}
+    tools, engine = _with_absolute_recording(config.tools), None
+    if tools.visit.summarizer.backend == "engine":
+        # What is recorded and remembered is this model's.
+        summarizer = replace(tools.visit.summarizer, model=config.judge.model)
+        tools = replace(tools, visit=replace(tools.visit, summarizer=summarizer))
+        engine = RemoteWriter(ActorChoice(judges, stage="summarizer", timeout_s=summarizer.timeout_s))
+    settings = {"config": tools, "call_timeout_s": timeout_s, "ledger": ledger, "engine": engine}
     servers = _spawn_servers(stack, ToolServer, resources.server, [{**settings, "shard": shard} for shard in range(tools.num_servers)])
     starting.append(_ready(servers))
     return RemoteToolbox(ActorChoice(servers, stage="tools", timeout_s=config.episode.tool_timeout_s), site=config.tools.visit.site)
@@ -154,14 +162,14 @@ async def _close_ledger(ledger: Any) -> None:
     await asyncio.gather(closing, return_exceptions=True)  # its files are whole without it, and a second behind at most
 
 
-def _spawn_judges(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any) -> RemoteJudge:
+def _spawn_judges(stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any) -> list[Any]:
     judge = replace(config.judge, model=model_path(config.judge.model)) if config.judge.backend == "vllm" else config.judge
     settings = {"config": judge, "ledger": ledger if has_price(judge) else None}
     servers = _spawn_servers(stack, JudgeServer, resources.judge, [settings] * judge.num_servers)
     if judge.backend == "vllm":
         stack.push_async_callback(_stop_judges, servers)
     starting.append(_ready(servers))
-    return RemoteJudge(ActorChoice(servers, stage="judge", timeout_s=_judge_timeout_s(config)))
+    return servers
 
 
 async def _stop_judges(servers: list[Any]) -> None:
@@ -219,8 +227,8 @@ def _spawn_worker(config: Config, resources: Resources, live: Services, make_eng
     return spawn(RolloutWorker, options, spec, live.toolbox, live.judge, make_engine, adapts=not config.rollout.episodes_per_worker)
 
 
-def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources) -> list[Any]:
-    """All ranks or none: one placement group, packed on as few nodes as hold it."""
+def _learner_group(stack: AsyncExitStack, config: Config, resources: Resources) -> Any:
+    """All ranks or none, a bundle each, on as few nodes as hold them; an engine that shares a rank's GPU is in its bundle."""
     where = label(config.cluster.learner_nodes)
     count = config.learner.num_ranks
     bundle = {"CPU": resources.rank["num_cpus"]} | ({"GPU": resources.rank["num_gpus"]} if "num_gpus" in resources.rank else {})
@@ -235,6 +243,11 @@ def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources) ->
     stack.callback(_kill, ranks)
     return ranks
 
+    return group
+
+
+def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources, group: Any) -> list[Any]:
+    count = config.learner.num_ranks
 
 async def _all_or_first_error(starting: Starting) -> None:
     """Start everything at once; the first error is raised as it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from webdancer.tools.ledger import Lease, Provider
     from webdancer.tools.replay import ReplayToolbox
     from webdancer.tools.store import Said
+    from webdancer.tools.summarize import Writer
     from webdancer.tools.toolbox import WebToolbox
 
 
 class ToolServer:
     """The tools with their own connections, memory, buckets and breakers. `shard` is its number among the tool actors, and names its
-    file of `tools.cache_dir`. `ledger` is the actor that all of them ask for quotas and money, and that keeps the recording."""
+    file of `tools.cache_dir`. `ledger` is the actor that all of them ask for quotas and money, and that keeps the recording; `engine` what
+    summarizes pages, if that is an engine of the cluster."""
 
     KEYS = keys.TOOL_KEYS
 
-    def __init__(self, config: ToolsConfig, *, call_timeout_s: float, shard: int = 0, ledger: Any = None) -> None:
+    def __init__(
+        self, config: ToolsConfig, *, call_timeout_s: float, shard: int = 0, ledger: Any = None, engine: Writer | None = None
+    ) -> None:
         self._config = config
+        self._engine = engine
         self._call_timeout_s = call_timeout_s
         self._shard = shard
         self._ledger = None if ledger is None else RemoteLedger(ledger)
@@ -45,7 +50,12 @@ class ToolServer:
             from webdancer.tools.toolbox import open_toolbox
 
             self._toolbox = open_toolbox(
-                self._config, call_timeout_s=self._call_timeout_s, shard=self._shard, quota=self._ledger, writer=self._ledger
+                self._config,
+                call_timeout_s=self._call_timeout_s,
+                shard=self._shard,
+                quota=self._ledger,
+                writer=self._ledger,
+                engine=self._engine,
             )
         return self._toolbox
 
@@ -127,6 +137,13 @@ class JudgeServer:
         if self._engine is not None:
             await self._engine.start()  # after a restart of the actor
         return await judge.grade(task, answer)
+
+    async def reply(self, messages: Sequence[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        """Of the engine, for whoever else may use it (backend vllm). Raises as EngineChat.reply does."""
+        self._opened()
+        assert self._engine is not None, "a judge without an engine"
+        await self._engine.start()
+        return (await self._engine.reply(messages, temperature=temperature, max_tokens=max_tokens)).text
 
     async def stop(self) -> None:
         if self._judge is not None:

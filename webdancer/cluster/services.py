@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from webdancer.cluster.calls import ActorLost, answer, answers
 from webdancer.cluster.pool import PooledWorker, WorkerPool
 from webdancer.cluster.worker import EpisodeEnd
-from webdancer.errors import StalledError
+from webdancer.errors import EngineFault, StalledError
 from webdancer.interfaces import OnTurn
+from webdancer.rewards.chat import ChatRefused
 from webdancer.rewards.judge import verdict_key
 from webdancer.rollout.watch import described
 from webdancer.tools.hops import Hop
 from webdancer.tools.pieces import ask_owners, owners
+from webdancer.tools.provider import ProviderFailed
+from webdancer.tools.result import REFUSED, UNAVAILABLE
 from webdancer.types import (
     EpisodeLost,
     Sampling,
@@ -256,3 +259,22 @@ class RemoteJudge:
         except (ActorLost, StalledError) as error:
             return Verdict(status="unknown", reason=str(error), judge="none")
         return verdict
+
+
+class RemoteWriter:
+    """tools.summarize.Writer over the engines of judge actors, the least busy first."""
+
+    def __init__(self, servers: ActorChoice) -> None:
+        self._servers = servers
+
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str:
+        try:
+            text: str = await self._servers.call("reply", messages, temperature, max_tokens)
+        except ChatRefused as error:
+            raise ProviderFailed(REFUSED, str(error), status=413) from error
+        except (ActorLost, StalledError, EngineFault) as error:
+            raise ProviderFailed(UNAVAILABLE, str(error)) from error
+        return text
+
+    async def aclose(self) -> None:
+        """The engines are the judges' own."""

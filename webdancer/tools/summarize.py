@@ -1,15 +1,15 @@
 """What of a page the agent gets to read: evidence and a summary for its goal, ranked out of the page or written by a model.
 
-The model is any OpenAI-compatible endpoint, an engine of the cluster included. The contract and the ladder of retries are those of the
-released WebDancer tools (Alibaba-NLP/DeepResearch, inference/tool_visit.py): a JSON object of rational, evidence and summary; a page that
-gets no usable reply is shown again, shorter; a reply that does not parse is asked for again.
+The model is behind any OpenAI-compatible endpoint, or on the engines of the judges. The contract and the ladder of retries are those of
+the released WebDancer tools (Alibaba-NLP/DeepResearch, inference/tool_visit.py): a JSON object of rational, evidence and summary; a page
+that gets no usable reply is shown again, shorter; a reply that does not parse is asked for again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from webdancer.config import SummarizerConfig, VisitConfig
@@ -79,15 +79,43 @@ class ExtractiveSummarizer:
         await self._extraction.aclose()
 
 
-class ModelSummarizer:
-    """A chat model behind /chat/completions. What several episodes want of one page for one goal is asked once and remembered."""
+class Writer(Protocol):
+    """A chat model. `reply` raises ProviderFailed, with a status of _TOO_LONG where the messages may be too long for it."""
 
-    def __init__(self, fetcher: Fetcher, config: SummarizerConfig, *, cache_entries: int) -> None:
-        key = keys.optional_key(keys.SUMMARIZER)
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str: ...
+
+    async def aclose(self) -> None: ...
+
+
+class HttpWriter:
+    """A chat model behind /chat/completions."""
+
+    def __init__(self, fetcher: Fetcher, config: SummarizerConfig) -> None:
         self._fetcher = fetcher
-        self._config = config
         self._url = config.base_url.rstrip("/") + "/chat/completions"
-        self._key = key
+        self._model = config.model
+        self._key = keys.optional_key(keys.SUMMARIZER)
+
+    async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str:
+        request = {"model": self._model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
+        headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
+        answer = await ask(self._fetcher, self._url, payload=request, headers=headers)
+        choices = items(answer, "choices")
+        try:
+            return str(choices[0]["message"]["content"] or "")
+        except (IndexError, KeyError, TypeError) as error:
+            raise WrongShape("there is no message") from error
+
+    async def aclose(self) -> None:
+        await self._fetcher.aclose()
+
+
+class ModelSummarizer:
+    """A chat model. What several episodes want of one page for one goal is asked once and remembered."""
+
+    def __init__(self, writer: Writer, config: SummarizerConfig, *, cache_entries: int) -> None:
+        self._writer = writer
+        self._config = config
         self._known: SingleFlightCache[bytes, Evidence] = SingleFlightCache(
             max_entries=cache_entries, max_size=_MAX_CACHED_CHARS, size_of=lambda found: len(found.evidence) + len(found.summary) + 200
         )
@@ -98,7 +126,9 @@ class ModelSummarizer:
         return found
 
     async def check(self) -> None:
-        """One small page before a run."""
+        """One small page before a run. A judge's engine was asked for a start, and as a base model need not be right about anything."""
+        if self._config.backend == "engine":
+            return
         try:
             await self._climb("The capital of France is Paris.", "capital of France")
         except (ProviderFailed, SummaryFailed) as error:
@@ -108,7 +138,7 @@ class ModelSummarizer:
 
     async def aclose(self) -> None:
         await self._known.aclose()
-        await self._fetcher.aclose()
+        await self._writer.aclose()
 
     async def _climb(self, page: str, goal: str) -> Evidence:
         """The ladder: down in length while the reply is no use, up to three askings for one that parses."""
@@ -136,19 +166,9 @@ class ModelSummarizer:
     async def _reply(self, page: str, goal: str, *, temperature: float) -> str:
         # JSON is the delimiter: nothing inside a page can end it.
         case = json.dumps({"goal": goal, "page": page}, ensure_ascii=False)
-        request = {
-            "model": self._config.model,
-            "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": case}],
-            "temperature": temperature,
-            "max_tokens": self._config.max_tokens,
-        }
-        headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
-        answer = await ask(self._fetcher, self._url, payload=request, headers=headers)
-        choices = items(answer, "choices")
-        try:
-            return str(choices[0]["message"]["content"] or "").rpartition("</think>")[2].strip()
-        except (IndexError, KeyError, TypeError) as error:
-            raise WrongShape("there is no message") from error
+        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": case}]
+        reply = await self._writer.reply(messages, temperature=temperature, max_tokens=self._config.max_tokens)
+        return reply.rpartition("</think>")[2].strip()
 
 
 def parse_summary(reply: str) -> Evidence | None:
@@ -167,17 +187,28 @@ def parse_summary(reply: str) -> Evidence | None:
 
 
 def open_summarizer(
-    config: VisitConfig, open_fetcher: OpenFetcher = Fetcher, *, cache_entries: int, extraction: Extraction | None = None
+    config: VisitConfig,
+    open_fetcher: OpenFetcher = Fetcher,
+    *,
+    cache_entries: int,
+    extraction: Extraction | None = None,
+    engine: Writer | None = None,
 ) -> Summarizer:
-    """The configured summarizer; close it. extraction: the processes that read pages, to be shared. Raises ConfigError or ServiceError."""
+    """The configured summarizer; close it. extraction: the processes that read pages, to be shared. engine: what backend engine asks.
+
+    Raises ConfigError or ServiceError.
+    """
     summarizer = config.summarizer
     if summarizer.backend == "extractive":
         return ExtractiveSummarizer(config, extraction or Extraction(config.extraction_processes))
+    if summarizer.backend == "engine":
+        assert engine is not None, "backend engine without an engine"
+        return ModelSummarizer(engine, summarizer, cache_entries=cache_entries)
     if not summarizer.base_url:
         raise ConfigError("tools.visit.summarizer.base_url: must be the URL of an OpenAI-compatible endpoint for backend 'openai', got ''")
     origin = "/".join(summarizer.base_url.split("/")[:3])
     policy = FetchPolicy(allowed_origins=(origin,), allowed_ports=(), max_redirects=0, timeout_s=summarizer.timeout_s)
-    return ModelSummarizer(open_fetcher(policy), summarizer, cache_entries=cache_entries)
+    return ModelSummarizer(HttpWriter(open_fetcher(policy), summarizer), summarizer, cache_entries=cache_entries)
 
 
 def _rungs(length: int) -> list[int]:

@@ -31,7 +31,7 @@ from webdancer.tools.search import SearchTool
 from webdancer.tools.search_backends import open_backend
 from webdancer.tools.shelf import Memory, ShelfFile
 from webdancer.tools.store import Recording, RecordingFile
-from webdancer.tools.summarize import open_summarizer
+from webdancer.tools.summarize import Writer, open_summarizer
 from webdancer.tools.visit import VisitTool
 from webdancer.types import ToolCall, ToolResult
 
@@ -54,10 +54,13 @@ class Tool(Protocol):
     async def aclose(self) -> None: ...
 
 
-def open_tools(config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfFile | None = None) -> dict[str, Tool]:
+def open_tools(
+    config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfFile | None = None, engine: Writer | None = None
+) -> dict[str, Tool]:
     """The tools by the names that the agent calls; the line of a new one goes here. Raises ConfigError or ServiceError.
 
     quota: leases requests to providers with a quota or price; its own by default. shelf: where what is found outlives the run, if anywhere.
+    engine: what summarizes with the summarizer's backend engine.
     """
     manners, memory = Manners(config.polite, quota or Ledger(budget_usd=config.budget_usd)), Memory(config, shelf)
     searcher, page_server = providers(config)
@@ -66,7 +69,9 @@ def open_tools(config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfF
     to_pages = manners.web if config.visit.backend == "direct" else manners.to(page_server)
     reader = open_reader(config.visit, config.fetch, to_pages, extraction=extraction)
     to_summarizer = manners.to(Provider(name="summarizer"))
-    summarizer = open_summarizer(config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction)
+    summarizer = open_summarizer(
+        config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction, engine=engine
+    )
     return {
         "search": SearchTool(backend, config.search, memory),
         "visit": VisitTool(reader, summarizer, config.visit, memory, config.fetch),
@@ -74,18 +79,24 @@ def open_tools(config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfF
 
 
 def open_toolbox(
-    config: ToolsConfig, *, call_timeout_s: float = 120.0, shard: int = 0, quota: Quota | None = None, writer: Recording | None = None
+    config: ToolsConfig,
+    *,
+    call_timeout_s: float = 120.0,
+    shard: int = 0,
+    quota: Quota | None = None,
+    writer: Recording | None = None,
+    engine: Writer | None = None,
 ) -> ReplayToolbox | WebToolbox:
     """The tools of tool actor number `shard` as the config wants them: live, remembered, recorded or replayed.
 
-    quota, writer: a ledger and a recording that others share; of its own where there are none.
+    quota, writer: a ledger and a recording that others share; of its own where there are none. engine: see `open_tools`.
     Raises ConfigError, DataError or ServiceError.
     """
     mode = config.replay.mode
     if mode == "replay":
         return ReplayToolbox(config, live=None)
     shelf = ShelfFile(Path(config.cache_dir) / f"shard-{shard}.sqlite") if config.cache_dir else None
-    live = WebToolbox(config, tools=open_tools(config, quota=quota, shelf=shelf), shelf=shelf, call_timeout_s=call_timeout_s)
+    live = WebToolbox(config, tools=open_tools(config, quota=quota, shelf=shelf, engine=engine), shelf=shelf, call_timeout_s=call_timeout_s)
     if mode == "live":
         return live
     if mode == "record" and writer is None:
