@@ -76,12 +76,12 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         ledger = _spawn_ledger(stack, config, starting) if _needs_ledger(config) else None
         if ledger is not None:
             live = replace(live, spent=lambda: answer(ledger.spent.remote(), stage="ledger", timeout_s=CLOSE_TIMEOUT_S))
-        if "tools" in parts:
-            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger, judges))
-        if "rollout" in parts:
         judges = _spawn_judges(stack, config, resources, starting, ledger) if "judge" in parts else []
         if judges:
             live = replace(live, judge=RemoteJudge(ActorChoice(judges, stage="judge", timeout_s=_judge_timeout_s(config))))
+        if "tools" in parts:
+            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger, judges))
+        if "rollout" in parts:
             pool = _make_pool(stack, config, resources, live, make_engine)
             starting.append(pool.start())
             at_once = config.rollout.num_workers * (config.rollout.episodes_per_worker or config.engine.max_num_seqs)
@@ -227,8 +227,8 @@ def _spawn_worker(config: Config, resources: Resources, live: Services, make_eng
     return spawn(RolloutWorker, options, spec, live.toolbox, live.judge, make_engine, adapts=not config.rollout.episodes_per_worker)
 
 
-def _learner_group(stack: AsyncExitStack, config: Config, resources: Resources) -> Any:
-    """All ranks or none, a bundle each, on as few nodes as hold them; an engine that shares a rank's GPU is in its bundle."""
+def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources) -> list[Any]:
+    """All ranks or none: one placement group, packed on as few nodes as hold it."""
     where = label(config.cluster.learner_nodes)
     count = config.learner.num_ranks
     bundle = {"CPU": resources.rank["num_cpus"]} | ({"GPU": resources.rank["num_gpus"]} if "num_gpus" in resources.rank else {})
@@ -243,11 +243,6 @@ def _learner_group(stack: AsyncExitStack, config: Config, resources: Resources) 
     stack.callback(_kill, ranks)
     return ranks
 
-    return group
-
-
-def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources, group: Any) -> list[Any]:
-    count = config.learner.num_ranks
 
 async def _all_or_first_error(starting: Starting) -> None:
     """Start everything at once; the first error is raised as it is."""
