@@ -335,6 +335,8 @@ class ClusterConfig:
     learner_nodes: str = ""
     tool_nodes: str = ""
     """Tools, and judges without an engine. Empty: Ray takes nodes without GPUs first."""
+    shared_gpus: bool = False
+    """Engines on the learner's GPUs, one on a rank's, which sleep while it works. false: GPUs of their own, if there are enough."""
 
 
 @dataclass(kw_only=True)

@@ -145,6 +145,8 @@ def validate(config: Config) -> None:
     _check_tokens(config)
     _check_synthesis(config)
     _check_rollout(config)
+    if config.cluster.shared_gpus:
+        _check_shared_gpus(config)
 
 
 def _require(holds: bool, key: str, rule: str, value: Any) -> None:
@@ -291,6 +293,21 @@ def _check_llm(section: str, llm: LlmConfig) -> None:
     rule = "be the URL of an OpenAI-compatible endpoint, without credentials, or empty"
     _require(not llm.base_url or bool(_ENDPOINT.fullmatch(llm.base_url)), f"{section}.base_url", rule, llm.base_url)
     _limit(llm.max_concurrent, f"{section}.max_concurrent", 32, "the connections to one origin")
+
+
+def _check_shared_gpus(config: Config) -> None:
+    """An engine that sleeps gives up weights, keys and values, and its requests stand still."""
+    rollout, engine, ranks, nodes = config.rollout, config.engine, config.learner.num_ranks, config.cluster.rollout_nodes
+    rules: list[tuple[bool, str, str, Any]] = [
+        (rollout.max_staleness == 0, "rollout.max_staleness", "be 0, as nothing is rolled out beside a step,", rollout.max_staleness),
+        (rollout.num_workers <= ranks, "rollout.num_workers", f"be at most learner.num_ranks ({ranks})", rollout.num_workers),
+        (engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", "be 1", engine.tensor_parallel_size),
+        (engine.kv_cache_on_update == "clear", "engine.kv_cache_on_update", "be clear", engine.kv_cache_on_update),
+        (rollout.weights.backend != "nccl", "rollout.weights.backend", "be ipc or file", rollout.weights.backend),
+        (not nodes, "cluster.rollout_nodes", "be empty, as engines are where the learner is,", nodes),
+    ]
+    for holds, key, rule, value in rules:
+        _require(holds, key, f"{rule} where cluster.shared_gpus is true", value)
 
 
 def _check_rollout(config: Config) -> None:

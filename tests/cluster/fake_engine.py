@@ -112,6 +112,12 @@ class CountingTools:
 
         return ray.get_runtime_context().get_node_id()
 
+    async def gpus(self):
+        """Node and numbers of the GPUs that this actor has."""
+        import ray
+
+        return tuple((await self.node(), gpu) for gpu in ray.get_gpu_ids())
+
 
 def make_fake_engine(directory, spec, tokenizer):
     return FakeEngine(directory)

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from webdancer.cluster.launch import model_path, services
-from webdancer.cluster.placement import num_local_cpus, plan_resources
-from webdancer.config import Config, EngineConfig, LearnerConfig, RolloutConfig
+from webdancer.cluster.placement import num_local_cpus, plan_resources, rank_bundle
+from webdancer.config import ClusterConfig, Config, EngineConfig, LearnerConfig, RolloutConfig
 from webdancer.errors import ConfigError, ServiceError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -218,6 +219,13 @@ def test_gpus_are_whole_where_there_are_enough_and_shared_where_not():
     assert (shared.worker["num_gpus"], shared.rank["num_gpus"]) == (0.5, 0.5)
     without = plan_resources(config_of(1, 1), {"CPU": 64.0})
     assert "num_gpus" not in without.worker
+    config = replace(config_of(8, 8), cluster=ClusterConfig(shared_gpus=True))
+    in_turn = plan_resources(config, {"CPU": 64.0, "GPU": 8.0})
+    assert rank_bundle(config, in_turn) == {"CPU": 2.0, "GPU": 1.0}
+    assert 2 * in_turn.worker["num_gpus"] > 1, "no two engines on one"
+    assert rank_bundle(config, plan_resources(config, {"CPU": 64.0})) == {"CPU": 2.0}
+    with pytest.raises(ServiceError, match="need 8 GPUs, got 7"):
+        plan_resources(config, {"CPU": 64.0, "GPU": 7.0})
     with pytest.raises(ServiceError, match="needs 8 GPUs, got 4"):
         plan_resources(config_of(2, 4, tensor_parallel=2), {"CPU": 64.0, "GPU": 4.0})
     with pytest.raises(ServiceError, match="CPUs, got 2"):

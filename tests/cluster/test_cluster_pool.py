@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError
 
 from tests.cluster.fake_engine import NUM_CALLS, CountingTools, make_fake_engine
 from tests.fakes import make_task
@@ -94,6 +95,17 @@ async def test_killed_worker_is_replaced_and_its_episode_goes_on_from_the_last_f
     assert member.trajectory.stop is StopReason.ANSWERED
     assert [t.index for t in turns] == list(range(NUM_CALLS + 1))
     assert calls == NUM_CALLS, "no finished turn was done twice"
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("the node ran low on memory"), NodeDiedError("gone"), ActorDiedError()])
+async def test_however_ray_says_that_an_actor_is_gone_it_is_lost(error):
+    """What Ray raises of an actor that its memory monitor killed is no RayActorError."""
+
+    async def call():
+        raise error
+
+    with pytest.raises(ActorLost, match=f"weights: {type(error).__name__}"):
+        await answer(call(), stage="weights", timeout_s=5)
 
 
 async def test_broken_engine_is_replaced_and_nothing_of_it_becomes_data(nodes, fake_model, tmp_path):

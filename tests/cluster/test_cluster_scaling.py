@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tests.cluster.fake_engine import NUM_CALLS, CountingTools, make_slow_engine
 from tests.cluster.test_cluster_pool import TASK, Rollouts
 from tests.cluster.test_cluster_weights import synced
 from webdancer.cluster.calls import answer, kill, spawn
 from webdancer.cluster.connection import cluster_size, largest_node_gpus
+from webdancer.cluster.launch import _learner_group
 from webdancer.cluster.placement import plan_resources
 from webdancer.config import ClusterConfig, Config, EngineConfig, LearnerConfig, RolloutConfig
 from webdancer.errors import ServiceError
@@ -133,6 +136,22 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
         resources = plan_resources(labelled, cluster_size(), largest_node_gpus=largest_node_gpus())
         assert await node_of(resources.worker) == added[0].node_id
         assert [await node_of(resources.server), await node_of(resources.judge)] == [web, web]
+        in_turn = replace(config, engine=EngineConfig(), cluster=ClusterConfig(shared_gpus=True), learner=LearnerConfig(num_ranks=2))
+        in_turn = replace(in_turn, rollout=RolloutConfig(num_workers=2))
+        resources = plan_resources(in_turn, cluster_size(), largest_node_gpus=largest_node_gpus())
+        with ExitStack() as stack:
+            group = _learner_group(stack, in_turn, resources)
+            shared = []
+            for options, bundle in [(resources.worker, -1), (resources.worker, -1), (resources.rank, 0), (resources.rank, 1)]:
+                where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+                shared.append(spawn(CountingTools, {**options, "scheduling_strategy": where}))
+            actors += shared
+            gpus = await asyncio.gather(*(answer(actor.gpus.remote(), stage="place", timeout_s=60) for actor in shared))
+            assert len(gpus[0]) == 1
+            assert sorted(gpus[:2]) == sorted(gpus[2:]), "each engine is on the GPU of one rank"
+            assert gpus[0] != gpus[1]
+            for actor in shared:
+                kill(actor)
         too_wide = replace(config, engine=EngineConfig(tensor_parallel_size=3))
         with pytest.raises(ServiceError, match=r"engine\.tensor_parallel_size: must fit on a node, got 3 where nodes have 2 GPUs at most"):
             plan_resources(too_wide, cluster_size(), largest_node_gpus=largest_node_gpus())

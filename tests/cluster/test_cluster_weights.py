@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from webdancer.cluster.services import RemoteLearner, RemoteRunner
 from webdancer.cluster.weight_sync import WeightPublisher, check_backend
 from webdancer.cluster.worker import RolloutWorker
 from webdancer.config import Config, LearnerConfig, ModelConfig, OptimizerConfig, RlConfig, WeightSyncConfig
-from webdancer.errors import CanaryError, ServiceError
+from webdancer.errors import CanaryError, ServiceError, StalledError
 from webdancer.inference.canary import compare, probe
 from webdancer.rollout.group import sample_group
 from webdancer.types import Sampling, TrainingPhase, TrainSample
@@ -150,18 +150,37 @@ def test_backend_that_cannot_work_is_refused_before_anything_runs(backend, gpus,
     with pytest.raises(ServiceError, match=rf"rollout\.weights\.backend: must .*{rule}.*got {backend}"):
         check_backend(config, gpus)
     check_backend(config, {"nccl": 4, "ipc": 3}[backend])
+    config.cluster.shared_gpus = True
+    with pytest.raises(ServiceError) if backend == "nccl" else nullcontext():
+        check_backend(config, 4)
 
 
-async def test_replacement_serves_the_current_weights(nodes, tiny_model, tmp_path):
+async def test_engines_sleep_while_the_learner_works_and_who_replaces_one_starts_after(nodes, tiny_model, tmp_path):
     async with synced(nodes, tiny_model, tmp_path) as live:
-        await live.weights.publish(await live.train())
-        killed = live.pool.workers[0]
+        live.learner.make_room = live.pool.sleep
+        await live.weights.publish(0)
+        settings = {"group_size": 2, "attempt": 0, "start_version": 0, "sampling": Sampling(seed=1)}
+        running = asyncio.create_task(sample_group(make_task(), RemoteRunner(live.pool), **settings))
+        async with asyncio.timeout(60):
+            while not any("generate" in worker.activity for worker in live.pool.workers):
+                await asyncio.sleep(0.05)
+        version = await live.train()
+        killed, asleep = sorted(live.pool.workers, key=lambda worker: worker.load)
+        with pytest.raises(StalledError):
+            await answers([asleep.handle.score.remote(PROBE)], stage="score", timeout_s=1.0)
         kill(killed.handle)
+        await asyncio.wait_for(asyncio.shield(killed.gone), 60)
+        assert (live.pool.state.serving, live.pool.state.starting) == (1, 1)
+        assert await live.train() == version + 1, "a second step finds them asleep, and waits for nobody"
+        assert not running.done()
+        figures = await live.weights.publish(version + 1)
+        assert figures["sync/sleep_s"] > 0
+        assert figures["canary/max"] < 1e-3
         async with asyncio.timeout(90):
-            await killed.gone
             while len(live.pool.workers) < 2:
                 await asyncio.sleep(0.1)
         assert await live.difference() < 1e-3
+        assert all(member.reward.valid for member in (await asyncio.wait_for(running, 60)).members)
 
 
 async def test_engine_that_fails_the_canary_is_named_and_replaced(nodes, tiny_model, tmp_path, caplog):

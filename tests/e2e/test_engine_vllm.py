@@ -97,6 +97,11 @@ def test_an_update_in_mid_generation(setting, tmp_path):
     run(contract.check_score(engine, model))
 
 
+def test_sleep(setting, tmp_path):
+    run, engine, model = setting
+    run(contract.check_sleep(engine, model, tmp_path))
+
+
 def test_counts(setting):
     run, engine, _ = setting
     before = run(engine.stats())
@@ -125,6 +130,7 @@ def test_the_engine_in_processes_of_its_own(tmp_path):
         runner.run(contract.check_sampled_logprobs(engine, model))
         runner.run(contract.check_every_tensor_arrives(engine, model, tmp_path / "a"))
         runner.run(contract.check_update_in_mid_generation(engine, model, tmp_path / "b"))
+        runner.run(contract.check_sleep(engine, model, tmp_path / "s"))
         runner.run(contract.check_refuses_a_corrupt_export(engine, model, tmp_path / "c"))
         runner.run(contract.check_cancel_frees_the_request(engine))
         runner.run(contract.check_breaks_for_good(engine, model, tmp_path / "d"))

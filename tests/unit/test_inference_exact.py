@@ -39,6 +39,7 @@ def test_takes_new_weights(engine_and_model, tmp_path):
     async def checks():
         await contract.check_every_tensor_arrives(*engine_and_model, tmp_path / "a")
         await contract.check_update_in_mid_generation(*engine_and_model, tmp_path / "b")
+        await contract.check_sleep(*engine_and_model, tmp_path / "s")
         await contract.check_refuses_a_corrupt_export(*engine_and_model, tmp_path / "c")
         await contract.check_breaks_for_good(*engine_and_model, tmp_path / "d")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tests.runs_fakes import FakeLearner, FakeWeights, make_config, make_service
 from tests.virtual_time import run_virtual
 from webdancer.config import OptimizerConfig
 from webdancer.data.tasks import TaskStream
-from webdancer.errors import CanaryError, ConfigError, DataError, WebDancerError
+from webdancer.errors import CanaryError, ConfigError, DataError, ServiceError, WebDancerError
 from webdancer.rollout.collector import GroupCollector
 from webdancer.runs import rl
 from webdancer.telemetry.telemetry import read_metrics
@@ -237,6 +238,33 @@ def test_questions_without_mixed_groups_end_the_run_with_a_reason(tmp_path, even
     with pytest.raises(DataError, match=r"rollout\.max_admitted_per_step: 4 groups admitted"):
         run(config, FakeLearner(events), runner=TimedRunner(correct=lambda task, attempt, member: False))
     assert events == [("begin", "dapo")]
+
+
+@pytest.mark.parametrize("noticed", ["release", "evaluation"])
+def test_the_finished_steps_are_kept_wherever_an_outage_is_noticed(tmp_path, events, monkeypatch, noticed):
+    settings = ["rollout.max_staleness=1"] if noticed == "release" else ["rl.evaluate_every=2"]
+    config = make_config(tmp_path, "rl.num_steps=6", "rl.save_every=0", *settings)
+    learner = FakeLearner(events)
+
+    class Failing(TimedRunner):
+        async def run(self, task, **settings):
+            if learner.version >= 2:
+                raise ServiceError("the judge is gone")
+            return await super().run(task, **settings)
+
+    async def slowly(version):
+        await asyncio.sleep(1.0)  # time enough for the rollouts beside it to fail
+        return {}
+
+    weights = FakeWeights(events)
+    weights.publish = slowly if noticed == "release" else weights.publish
+    with pytest.raises(ServiceError, match="the judge is gone"):
+        run(config, learner, weights=weights, runner=Failing(correct=drawn))
+    finished = events[-1][1]
+    assert events[-1] == ("save", learner.version)
+    assert finished >= 2
+    if noticed == "release":
+        assert events[-2] == ("release", finished)
 
 
 def test_the_finished_steps_are_kept_when_rollouts_cannot_go_on(tmp_path, events):

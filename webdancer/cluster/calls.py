@@ -9,15 +9,7 @@ from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import (
-    ActorUnschedulableError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError, RayTaskError
 
 from webdancer.errors import StalledError, WebDancerError
 from webdancer.tools.keys import drop_keys
@@ -67,7 +59,7 @@ async def answer(reference: Awaitable[Result], *, stage: str, timeout_s: float |
             return await reference
     except RayTaskError as error:
         raise _original(error) from None
-    except (RayActorError, ObjectLostError, WorkerCrashedError, ActorUnschedulableError, RaySystemError, TaskCancelledError) as error:
+    except RayError as error:  # all others are Ray's own: the actor, its process, node, memory, disk or the way to it is gone
         raise ActorLost(f"{stage}: {_first_line(error)}") from error
     except TimeoutError as error:
         if not deadline.expired():

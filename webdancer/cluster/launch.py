@@ -32,7 +32,7 @@ from webdancer.agent.tokenizer import load_tokenizer
 from webdancer.cluster.calls import answer, answers, kill, spawn
 from webdancer.cluster.connection import cluster, cluster_size, largest_node_gpus
 from webdancer.cluster.learner_actor import LearnerActor
-from webdancer.cluster.placement import Resources, label, num_local_cpus, plan_resources
+from webdancer.cluster.placement import Resources, label, num_local_cpus, plan_resources, rank_bundle, shares_gpus
 from webdancer.cluster.pool import WorkerPool
 from webdancer.cluster.scaling import scalable
 from webdancer.cluster.servers import JudgeServer, LedgerServer, ToolServer
@@ -73,6 +73,11 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
             check_backend(config, cluster_size().get("GPU", 0.0))
         live = Services(tokenizer=tokenizer)
         starting: Starting = []
+        if "learner" in parts:
+            group = _learner_group(stack, config, resources)
+            if shares_gpus(config) and "num_gpus" in resources.rank:
+                here = PlacementGroupSchedulingStrategy(placement_group=group)
+                resources = replace(resources, worker={**resources.worker, "scheduling_strategy": here})
         ledger = _spawn_ledger(stack, config, starting) if _needs_ledger(config) else None
         if ledger is not None:
             live = replace(live, spent=lambda: answer(ledger.spent.remote(), stage="ledger", timeout_s=CLOSE_TIMEOUT_S))
@@ -87,8 +92,12 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
             at_once = config.rollout.num_workers * (config.rollout.episodes_per_worker or config.engine.max_num_seqs)
             live = replace(live, runner=OutageGuard(RemoteRunner(pool, timeout_s=_episode_timeout_s(config)), limit=2 * at_once))
         if "learner" in parts:
-            ranks = _spawn_ranks(stack, config, resources)
+            ranks = _spawn_ranks(stack, config, resources, group)
             learner = RemoteLearner(ranks, timeout_s=config.learner.timeout_s)
+            if shares_gpus(config):
+                learner.make_room = pool.sleep
+                await _all_or_first_error(starting)  # an engine looks at how much of its GPU is free when it starts
+                starting = []
             starting.append(_start_ranks(ranks))
             live = replace(live, learner=learner)
         await _all_or_first_error(starting)
@@ -222,24 +231,29 @@ def _spawn_worker(config: Config, resources: Resources, live: Services, make_eng
         prompt=config.prompt,
         reward=config.reward,
         weight_backend=config.rollout.weights.backend,
+        sleeps=shares_gpus(config),
     )
     options = {"name": name, "max_concurrency": CALLS_AT_ONCE, **resources.worker}
     return spawn(RolloutWorker, options, spec, live.toolbox, live.judge, make_engine, adapts=not config.rollout.episodes_per_worker)
 
 
-def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources) -> list[Any]:
-    """All ranks or none: one placement group, packed on as few nodes as hold it."""
+def _learner_group(stack: AsyncExitStack, config: Config, resources: Resources) -> Any:
+    """All ranks or none, a bundle each, on as few nodes as hold them; an engine that shares a rank's GPU is in its bundle."""
     where = label(config.cluster.learner_nodes)
-    count = config.learner.num_ranks
-    bundle = {"CPU": resources.rank["num_cpus"]} | ({"GPU": resources.rank["num_gpus"]} if "num_gpus" in resources.rank else {})
-    group = placement_group([dict(bundle) for _ in range(count)], strategy="PACK", bundle_label_selector=[where] * count if where else None)
+    bundles = [rank_bundle(config, resources) for _ in range(config.learner.num_ranks)]
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=[where] * len(bundles) if where else None)
     stack.callback(remove_placement_group, group)
+    return group
+
+
+def _spawn_ranks(stack: AsyncExitStack, config: Config, resources: Resources, group: Any) -> list[Any]:
+    count = config.learner.num_ranks
     ranks = []
     for rank in range(count):
         strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
         options = {"scheduling_strategy": strategy, **resources.rank}
         settings = {"model": config.model, "learner": config.learner, "rl": config.rl, "seed": config.seed}
-        ranks.append(spawn(LearnerActor, options, rank=rank, world_size=count, **settings))
+        ranks.append(spawn(LearnerActor, options, rank=rank, world_size=count, shares_gpu=shares_gpus(config), **settings))
     stack.callback(_kill, ranks)
     return ranks
 

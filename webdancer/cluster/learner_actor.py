@@ -22,7 +22,10 @@ class LearnerActor:
     CALLS_ASIDE: ClassVar = {"disk": 1}
     """Threads of their own for calls that must not wait for a step (see calls.spawn); all others come one by one, on one thread."""
 
-    def __init__(self, *, rank: int, world_size: int, model: ModelConfig, learner: LearnerConfig, rl: RlConfig, seed: int) -> None:
+    def __init__(
+        self, *, rank: int, world_size: int, model: ModelConfig, learner: LearnerConfig, rl: RlConfig, seed: int, shares_gpu: bool = False
+    ) -> None:
+        """`shares_gpu`: what a call leaves unused is given back, for the engine that wakes up next."""
         self._settings: dict[str, Any] = {
             "rank": rank,
             "world_size": world_size,
@@ -31,6 +34,7 @@ class LearnerActor:
             "rl": rl,
             "seed": seed,
         }
+        self._shares_gpu = shares_gpu
         self._rank: LearnerRank | None = None
         self._sender: Any = None
         self._source: Any = None
@@ -57,7 +61,9 @@ class LearnerActor:
         assert self._rank is not None, "setup comes first"
         if method == "get_version":
             return self._rank.version
-        return getattr(self._rank, method)(*arguments, **settings)
+        result = getattr(self._rank, method)(*arguments, **settings)
+        self._give_back()
+        return result
 
     def connect_engines(
         self, workers: Sequence[Any], *, backend: str, address: str, port: int, ranks_per_engine: int, timeout_s: float
@@ -81,7 +87,15 @@ class LearnerActor:
         assert self._sender is not None, "connect_engines comes first"
         self._sender.send_weights()
         checksums: dict[str, int] = self._source.checksums()
+        self._give_back()
         return checksums
+
+    def _give_back(self) -> None:
+        """Torch keeps what was freed for itself otherwise."""
+        if self._shares_gpu:
+            import torch
+
+            torch.cuda.empty_cache()  # nothing where there is no GPU
 
     def wait_for_disk(self) -> None:
         """Until the checkpoint in flight is written. In the group `disk`."""

@@ -15,6 +15,8 @@ from webdancer.errors import ServiceError
 
 SPARE_WORKERS = 16
 """Rollout workers that a Ray of our own has logical CPUs for besides those of the start (`webdancer scale`)."""
+ENGINE_SHARE, RANK_SHARE = 0.6, 0.4
+"""Of a GPU that an engine and a learner rank share: no two engines fit on one."""
 SERVER_CPUS = 0.1
 """Logical CPUs of a tool or judge actor: they wait for others nearly all of the time."""
 
@@ -55,7 +57,13 @@ def plan_resources(config: Config, available: Mapping[str, float], *, largest_no
     judge: dict[str, float] = {"num_cpus": judge_engine.threads if judges else SERVER_CPUS}
     rank: dict[str, float] = {"num_cpus": config.learner.threads}
     gpus = available.get("GPU", 0.0)
-    if gpus:
+    if gpus and shares_gpus(config):
+        needed = ranks + judges * judge_engine.tensor_parallel_size
+        if needed > gpus:
+            raise ServiceError(f"cluster: learner.num_ranks (and engines of judges) need {needed} GPUs, got {gpus:g}")
+        worker["num_gpus"], rank["num_gpus"] = ENGINE_SHARE, RANK_SHARE
+        judge |= {"num_gpus": float(judge_engine.tensor_parallel_size)} if judges else {}
+    elif gpus:
         needed = workers * engine.tensor_parallel_size + ranks + judges * judge_engine.tensor_parallel_size
         if needed > gpus and max(engine.tensor_parallel_size * bool(workers), judge_engine.tensor_parallel_size * bool(judges)) > 1:
             raise ServiceError(
@@ -82,6 +90,19 @@ def plan_resources(config: Config, available: Mapping[str, float], *, largest_no
         server={"num_cpus": SERVER_CPUS} | at_tools,
         judge=judge | ({} if judges else at_tools),
     )
+
+
+def shares_gpus(config: Config) -> bool:
+    """Whether the engines of this program sleep while its learner works."""
+    return config.cluster.shared_gpus and config.rollout.num_workers > 0 and config.learner.num_ranks > 0
+
+
+def rank_bundle(config: Config, resources: Resources) -> dict[str, float]:
+    """What a learner rank needs where it is, and with it the engine that shares its GPU."""
+    together = [resources.rank, resources.worker] if shares_gpus(config) and "num_gpus" in resources.rank else [resources.rank]
+    bundle = {"CPU": sum(float(options["num_cpus"]) for options in together)}
+    gpus = round(sum(float(options.get("num_gpus", 0.0)) for options in together), 4)
+    return bundle | ({"GPU": gpus} if gpus else {})
 
 
 def _at(nodes: str) -> dict[str, Any]:

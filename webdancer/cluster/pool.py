@@ -5,6 +5,7 @@
     retire    a worker that is dead, hung or broken leaves at once; its episodes are lost, and go on elsewhere
     scale     more workers are started, or the least loaded drain: they finish the turns that run, and their episodes go on elsewhere
     balance   as many start as are missing; a newcomer joins when `prepare` (current weights, canary) let it
+    sleep     every engine gives its GPU's memory back until it gets new weights; nobody starts meanwhile (cluster.shared_gpus)
 
 A pool goes on with fewer workers where a newcomer does not start; one without any worker fails, and everyone who waits for a worker
 gets the reason.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ MAX_FAILED_STARTS = 3
 """In a row; then the pool goes on without that worker."""
 STOP_TIMEOUT_S = 20.0
 """For an engine to end in an orderly way before its actor is killed."""
+SLEEP_TIMEOUT_S = 60.0
 MAX_FAULTS = 2
 """Episodes in a row that a worker's engine failed; one alone may be an aborted request, more are the engine."""
 
@@ -101,6 +104,13 @@ class WorkerPool:
         self._failure: Exception | None = None
         self._not_started = ""
         self._stopping = False
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._num_loading = 0
+        self._none_loads = asyncio.Event()
+        self._none_loads.set()
+        self.rest: Mapping[str, float] = {}
+        """Of the last sleep: seconds until all slept, GiB in use on the fullest GPU before and after."""
         self.prepare: Callable[[PooledWorker], Awaitable[None]] | None = None
         """Brings a newcomer up to date before it may serve; raises where it cannot."""
         self.num_replaced = 0
@@ -153,6 +163,29 @@ class WorkerPool:
         self._num_workers = num_workers
         self._not_started = ""
         self._balance()
+
+    async def sleep(self) -> None:
+        """Every engine sleeps until its next weights; a worker that starts already is waited for. One that cannot sleep is replaced, and
+        the newcomer starts after `wake`."""
+        if not self._awake.is_set():
+            return
+        self._awake.clear()
+        began = time.perf_counter()
+        await self._none_loads.wait()
+        workers = [*self._workers, *self._leaving]
+        calls = [answer(worker.handle.sleep.remote(), stage=f"sleep of {worker.name}", timeout_s=SLEEP_TIMEOUT_S) for worker in workers]
+        told = []
+        for worker, memory in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(memory, BaseException):
+                self.retire(worker, f"sleep: {memory}")
+            else:
+                told.append(memory)
+        fullest = {name: max(memory[name] for memory in told if name in memory) for name in {name for memory in told for name in memory}}
+        self.rest = {"sync/sleep_s": time.perf_counter() - began, **fullest}
+
+    def wake(self) -> None:
+        """All engines have new weights: who waits to start may."""
+        self._awake.set()
 
     async def acquire(self, group: Hashable) -> PooledWorker:
         """A place on a worker, waiting for one if need be. Raises when the pool has failed."""
@@ -284,7 +317,17 @@ class WorkerPool:
             worker.watch.cancel()
 
     async def _start_one(self) -> PooledWorker:
-        name = f"rollout-{next(self._names)}"
+        await self._awake.wait()
+        self._num_loading += 1
+        self._none_loads.clear()
+        try:
+            return await self._load(f"rollout-{next(self._names)}")
+        finally:
+            self._num_loading -= 1
+            if not self._num_loading:
+                self._none_loads.set()
+
+    async def _load(self, name: str) -> PooledWorker:
         handle = self._spawn(name)
         try:
             await answer(handle.start.remote(), stage=f"start of {name}", timeout_s=self._start_timeout_s)

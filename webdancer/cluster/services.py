@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +118,8 @@ class RemoteLearner:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._version = 0
+        self.make_room: Callable[[], Awaitable[None]] | None = None
+        """Before every step and evaluation: sends engines to sleep that share the ranks' GPUs."""
 
     @property
     def version(self) -> int:
@@ -129,11 +131,15 @@ class RemoteLearner:
 
     async def step(self, batch: TrainBatch) -> StepResult:
         """The batch goes into the object store once; each rank takes its microbatches out of it."""
+        if self.make_room is not None:
+            await self.make_room()
         result: StepResult = await self._all("step", ray.put(batch))
         self._version = result.version
         return result
 
     async def evaluate(self, batch: TrainBatch) -> Mapping[str, float]:
+        if self.make_room is not None:
+            await self.make_room()
         metrics: Mapping[str, float] = await self._all("evaluate", ray.put(batch))
         return metrics
 

@@ -9,6 +9,9 @@ The files of a version stay until the next one is in all engines, because a repl
 With `nccl` or `ipc` the learner sends to all engines at once through vLLM's own trainer engines (inference/weight_send.py);
 the canary is the same. One failure then spoils all engines, and the run ends to be resumed. A worker that joins between two updates gets
 files. Neither way has run on a GPU yet.
+
+Engines that share the learner's GPUs sleep while it works (`WorkerPool.sleep`). An update wakes each: memory for weights, the weights, and
+memory for keys and values once the learner's part is done; `publish` then lets newcomers start.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from webdancer.cluster.calls import answer
+from webdancer.cluster.placement import shares_gpus
 from webdancer.cluster.pool import PooledWorker, WorkerPool
 from webdancer.cluster.services import RemoteLearner
 from webdancer.config import Config, WeightSyncConfig
@@ -47,10 +51,13 @@ def check_backend(config: Config, gpus: float) -> None:
     needed = config.rollout.num_workers * config.engine.tensor_parallel_size + config.learner.num_ranks
     rules = {
         "nccl": (
-            needed <= gpus,
+            needed <= gpus and not config.cluster.shared_gpus,
             f"be file or ipc where engines and learner do not have a GPU each ({needed} are needed, the cluster has {gpus:g})",
         ),
-        "ipc": (needed > gpus, f"be file or nccl where engines and learner share no GPU ({needed} are needed, the cluster has {gpus:g})"),
+        "ipc": (
+            shares_gpus(config) or needed > gpus,
+            f"be file or nccl where engines and learner share no GPU ({needed} are needed, the cluster has {gpus:g})",
+        ),
     }
     fine, rule = rules[backend] if gpus else (False, "be file on a cluster without GPUs")
     if not fine:
@@ -113,8 +120,10 @@ class WeightPublisher:
                 raise CanaryError(f"weights: no engine serves version {version} as the learner computes it: {reasons}")
             for worker, reason in failed.items():
                 self._pool.retire(worker, f"version {version}: {reason}")
+            self._pool.wake()
         ended = time.perf_counter()
         return {
+            **self._pool.rest,
             "sync/seconds": ended - began,
             "sync/export_s": export_s,
             "sync/quarantined": float(len(failed)),
@@ -147,6 +156,9 @@ class WeightPublisher:
 
     async def _directly(self, workers: Sequence[PooledWorker], version: int) -> tuple[float, list[Outcome]]:
         """`nccl`, `ipc`: all engines together. Where the transfer fails, none of them can be trusted: all have failed."""
+        if not workers:
+            await self._replace_current(None)
+            return 0.0, []
         began = time.perf_counter()
         try:
             await self._connect(workers)

@@ -47,6 +47,8 @@ class Engine(Policy, Protocol):
 
     async def connect_weights(self, init_info: Mapping[str, Any]) -> None: ...
 
+    async def sleep(self) -> Mapping[str, float]: ...
+
     async def begin_update(self) -> None: ...
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> None: ...
@@ -69,6 +71,7 @@ class WorkerSpec:
     prompt: PromptConfig
     reward: RewardConfig
     weight_backend: str = "file"
+    sleeps: bool = False
 
 
 MakeEngine = Callable[[WorkerSpec, Tokenizer], Engine]
@@ -84,6 +87,7 @@ def make_vllm_engine(spec: WorkerSpec, tokenizer: Tokenizer) -> Engine:
         dtype=spec.dtype,
         max_model_len=spec.episode.max_tokens,
         weight_backend=spec.weight_backend,
+        sleeps=spec.sleeps,
     )
 
 
@@ -235,6 +239,10 @@ class RolloutWorker:
 
     async def connect_weights(self, init_info: Mapping[str, Any]) -> None:
         await self._engine.connect_weights(init_info)
+
+    async def sleep(self) -> Mapping[str, float]:
+        """The engine's figures, see there; it wakes up for its next weights."""
+        return await self._engine.sleep()
 
     async def begin_update(self) -> None:
         await self._engine.begin_update()

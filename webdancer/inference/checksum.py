@@ -1,8 +1,9 @@
 """A checksum of a tensor's bytes that is computed where the tensor lies: what the learner sends directly is proven on what arrived.
 
-Of words w_i of 8 bytes: sum over i of w_i x odd_i, modulo 2^64, with a random odd number for each place. Any one word that differs
-changes it, and of other accidents (a part that is missing, stale, shifted or swapped) one in 2^64 goes unseen. It is no defence against
-intent: learner and engines are one program. One pass over the memory and no copy to the host, where sha256 would need both.
+Of words w_i of 8 bytes: the sum over i of fold(w_i x odd_i) x odd'_i, modulo 2^64, with two random odd numbers for each place; fold(x) is
+x with its upper half xored into the lower, so that the sum is not linear in the words and sees two that changed places. Any one word that
+differs changes it for certain, and of a part that is missing, stale, shifted or swapped hardly ever one goes unseen. It is no defence
+against intent: learner and engines are one program. No copy to the host, which sha256 would need.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def checksum(tensor: Tensor) -> Tensor:
     if data.storage_offset() % 8:
         data = data.clone()  # a slice of a packed buffer may begin anywhere
     whole = data[: 8 * words].view(torch.int64)
-    places = _places(tensor.device)
+    odd, other_odd = _places(tensor.device)
     total = torch.full((), data.numel(), dtype=torch.int64, device=tensor.device)
     for block in torch.split(whole, BLOCK):
-        total = total * _STEP + (block * places[: len(block)]).sum()
+        product = block * odd[: len(block)]
+        product.bitwise_xor_((product >> 32).bitwise_and_(0xFFFF_FFFF))
+        total = total * _STEP + product.mul_(other_odd[: len(block)]).sum()
     if rest:
         last = torch.zeros(8, dtype=torch.uint8, device=tensor.device)
         last[:rest] = data[8 * words :]
@@ -59,8 +62,9 @@ def check(sent: Mapping[str, int], received: Mapping[str, int]) -> None:
 
 @cache
 def _places(device: torch.device) -> Tensor:
+    """[2, BLOCK] odd numbers, the same everywhere."""
     generator = torch.Generator().manual_seed(2505)
-    return torch.randint(-(2**63), 2**63 - 1, (BLOCK,), generator=generator, dtype=torch.int64).bitwise_or(1).to(device)
+    return torch.randint(-(2**63), 2**63 - 1, (2, BLOCK), generator=generator, dtype=torch.int64).bitwise_or(1).to(device)
 
 
 def _spell(number: int) -> str:

@@ -61,12 +61,14 @@ class Core(Protocol):
     async def reset_prefix_cache(self) -> None: ...
 
     async def sleep(self) -> None:
-        """Weights to the host's memory, keys and values forgotten, the GPU's memory free; raises EngineFault where it has none."""
+        """Freeze the running requests, forget weights, keys and values, and free their memory. On a CPU only the keys and values go."""
         ...
 
-    async def wake(self) -> None: ...
+    async def wake(self, tag: str) -> None:
+        """Have memory for `weights`, then for `kv_cache`, again; after both the requests may go on."""
+        ...
 
-    async def rpc(self, method: str, **kwargs: Any) -> None:
+    async def rpc(self, method: str, **kwargs: Any) -> Sequence[Any]:
         """Call a method of every vLLM worker."""
         ...
 
@@ -132,12 +134,13 @@ class InProcessCore:
         await self._call(lambda: self._engine.reset_prefix_cache())
 
     async def sleep(self) -> None:
-        raise EngineFault("an engine on the CPU has no memory to give back")  # vLLM itself would say that it sleeps
+        await self.pause(clear=True)  # vLLM's own sleep does nothing on a CPU, and says that it sleeps
 
-    async def wake(self) -> None: ...
+    async def wake(self, tag: str) -> None: ...
 
-    async def rpc(self, method: str, **kwargs: Any) -> None:
-        await self._call(lambda: self._engine.collective_rpc(method, kwargs=kwargs))
+    async def rpc(self, method: str, **kwargs: Any) -> Sequence[Any]:
+        results: Sequence[Any] = await self._call(lambda: self._engine.collective_rpc(method, kwargs=kwargs))
+        return results
 
     async def set_version(self, version: str) -> None:
         await self._call(lambda: self._engine.set_weight_version(version))
@@ -305,13 +308,19 @@ class ProcessCore:
         await self._engine.reset_prefix_cache()
 
     async def sleep(self) -> None:
-        await self._engine.sleep(level=1, mode="wait")
+        """Level 2: the weights are not kept in the host's memory, as new ones come before anything is generated."""
+        if self._args.enable_sleep_mode:
+            await self._engine.sleep(level=2, mode="keep")
+        else:
+            await self.pause(clear=True)
 
-    async def wake(self) -> None:
-        await self._engine.wake_up()
+    async def wake(self, tag: str) -> None:
+        if self._args.enable_sleep_mode:
+            await self._engine.wake_up([tag])
 
-    async def rpc(self, method: str, **kwargs: Any) -> None:
-        await self._engine.collective_rpc(method, kwargs=kwargs)
+    async def rpc(self, method: str, **kwargs: Any) -> Sequence[Any]:
+        results: Sequence[Any] = await self._engine.collective_rpc(method, kwargs=kwargs)
+        return results
 
     async def set_version(self, version: str) -> None:
         await self._engine.update_weight_version(version)

@@ -54,9 +54,10 @@ class VllmEngine:
         version: int = 0,
         in_process: bool | None = None,
         weight_backend: str = "file",
-        can_sleep: bool = False,
+        sleeps: bool = False,
     ) -> None:
-        """`version` labels the weights at `model_path`. `in_process`: see `cores`; None: on CPU, unless tensor parallel."""
+        """`version` labels the weights at `model_path`. `in_process`: see `cores`; None: on CPU, unless tensor parallel.
+        `sleeps`: `sleep` will be called, for which a GPU's memory has to be taken in another way."""
         self._model_path = model_path
         self._tokenizer = tokenizer
         self._config = config
@@ -67,7 +68,8 @@ class VllmEngine:
         self._updating = asyncio.Lock()
         self._update_began = self._paused_at = 0.0
         self._weight_backend = weight_backend
-        self._can_sleep = can_sleep
+        self._sleeps = sleeps
+        self._asleep = False
         self._keeps_cache = config.kv_cache_on_update == "keep"
         self._first_versions: OrderedDict[str, int] = OrderedDict()
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
@@ -137,13 +139,16 @@ class VllmEngine:
         await self._ready().rpc("init_weight_transfer_engine", init_info=dict(init_info))
 
     async def begin_update(self) -> None:
-        """Freeze the running requests. Weights come by `receive_weights`, in as many parts as they like, and `finish_update` ends it;
-        any of the three that fails breaks the engine. An update under way is waited for."""
+        """Wake up, or freeze the running requests. Weights come by `receive_weights`, in as many parts as they like, and `finish_update`
+        ends it; any of the three that fails breaks the engine. An update under way is waited for."""
         await self._updating.acquire()
         self._update_began = time.perf_counter()
         async with self._or_broken():
             core = self._ready()
-            await core.pause(clear=not self._keeps_cache)
+            if self._asleep:
+                await core.wake("weights")
+            else:
+                await core.pause(clear=not self._keeps_cache)
             self._paused_at = time.perf_counter()
             await core.rpc("start_weight_update")
 
@@ -161,6 +166,9 @@ class VllmEngine:
                 await core.rpc("update_weights", update_info={"checksums": dict(checksums)})
             await core.rpc("finish_weight_update")
             await core.set_version(str(version))
+            if self._asleep:
+                await core.wake("kv_cache")  # vLLM then goes on by itself: everything else has to be as it should
+                self._asleep = False
             if not self._keeps_cache:
                 await core.reset_prefix_cache()
             self.version = version
@@ -180,12 +188,22 @@ class VllmEngine:
                 await self._core.stop()
             raise EngineFault(self.broken) from error
 
-    async def sleep(self) -> None:
-        """Give the GPU's memory back, once the running requests have ended, until `wake`; needs `can_sleep`. Not yet run on a GPU."""
-        await self._ready().sleep()
+    async def sleep(self) -> Mapping[str, float]:
+        """Give the GPU's memory back until the next weights come, which wake it up: weights, keys and values are forgotten, requests wait
+        and go on from their token ids. On a CPU requests wait, and no memory is given back. Needs `sleeps`. Not yet run on a GPU.
 
-    async def wake(self) -> None:
-        await self._ready().wake()
+        `gpu/awake_gib` and `gpu/asleep_gib`: in use on the GPU by all processes, before and after. A failure breaks the engine.
+        """
+        await self._updating.acquire()
+        async with self._or_broken():
+            core = self._ready()
+            awake = await core.rpc("gpu_used_gib")
+            if not self._asleep:
+                await core.sleep()
+                self._asleep = True
+            asleep = await core.rpc("gpu_used_gib")
+        self._updating.release()
+        return {} if None in awake else {"gpu/awake_gib": max(awake), "gpu/asleep_gib": max(asleep)}
 
     async def stats(self) -> Mapping[str, float]:
         """Requests running and waiting now, KV cache usage (0 to 1), and since the start: preemptions, requests and tokens."""
@@ -264,7 +282,7 @@ class VllmEngine:
             torch.set_num_threads(self._config.threads)  # if torch was imported before OMP_NUM_THREADS was set
         args = _engine_args(self._config, self._model_path, dtype=self._dtype, max_model_len=self._max_model_len, on_cpu=on_cpu)
         args.weight_transfer_config = WeightTransferConfig(backend=f"webdancer_{self._weight_backend}")
-        args.enable_sleep_mode = self._can_sleep and not on_cpu
+        args.enable_sleep_mode = self._sleeps and not on_cpu
         if self._weight_backend == "ipc":
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles on GPU memory travel pickled, between this run's own processes
         return InProcessCore(args) if in_process else ProcessCore(args)

@@ -40,6 +40,7 @@ class _Request:
     versions: list[int] = field(default_factory=list)
     cache: Any = None
     cache_version: int = -1
+    sleeps: int = 0
 
 
 class ExactEngine:
@@ -68,6 +69,7 @@ class ExactEngine:
         self._moving = asyncio.Event()
         self._moving.set()
         self._update_began = 0.0
+        self._sleeps = 0
         self._received: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
@@ -110,6 +112,7 @@ class ExactEngine:
         )
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        await self._moving.wait()
         model = self._ready()
         return [token_logprobs(model, ids) for ids in sequences]
 
@@ -124,6 +127,16 @@ class ExactEngine:
 
     async def connect_weights(self, init_info: Mapping[str, Any]) -> None:
         self._ready()
+
+    async def sleep(self) -> Mapping[str, float]:
+        """Weights are forgotten for good: nothing may be computed before new ones have come."""
+        model = self._ready()
+        self._moving.clear()
+        self._sleeps += 1
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        return {}
 
     async def begin_update(self) -> None:
         self._ready()
@@ -190,8 +203,9 @@ class ExactEngine:
         """Append one token. After an update everything is fed again, so that no key or value of the old weights is left, unless kept."""
         model = self._ready()
         ids = request.prompt + request.token_ids
-        if request.cache is None or (request.cache_version != self.version and not self._keeps_cache):
-            request.cache, request.cache_version, fed = None, self.version, ids
+        stale = request.cache_version != self.version and not self._keeps_cache
+        if request.cache is None or stale or request.sleeps != self._sleeps:
+            request.cache, request.cache_version, request.sleeps, fed = None, self.version, self._sleeps, ids
         else:
             fed = ids[-1:]
         output = model(input_ids=torch.tensor([fed]), past_key_values=request.cache, use_cache=True, logits_to_keep=1)

@@ -166,7 +166,14 @@ def _repack_tied_head(model: Any) -> None:
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class; its only task is that this module gets imported in the worker's process."""
+    """Mixed into vLLM's worker class. Naming it gets this module imported in the worker's process."""
+
+    def gpu_used_gib(self) -> float | None:
+        """In use on this worker's GPU, by all processes; None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
 
 
 BACKENDS: dict[str, type[WeightTransfer]] = {

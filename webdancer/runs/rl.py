@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +60,19 @@ async def train(
         curriculum_seed=config.seed,
         resume=resume["tasks"] if resume else None,
     )
-    async with collecting as collector:
-        with progress:
-            saved = start
+    kept = _Kept(finished=start, saved=start)
+    with progress:
+        async with collecting as collector, _finished_steps_kept(kept, collector, run_dir, services):
             for step in range(start + 1, config.rl.num_steps + 1):
-                try:
-                    with telemetry.timed("rollout"):
-                        groups = await collector.next_batch()
-                except WebDancerError:  # an outage, a stall, questions that teach nothing: the finished steps are kept
-                    if saved < step - 1:
-                        await _save(step - 1, collector, run_dir, services)
-                    await services.learner.saved()
-                    raise
+                with telemetry.timed("rollout"):
+                    groups = await collector.next_batch()
+                kept.finished = None
                 with telemetry.timed("train"):
                     batch, left_out = pack_groups(groups, config)
                     result = await services.learner.step(batch)
                 with telemetry.timed("sync"):
                     canary = await services.weights.publish(result.version)
+                kept.finished = step  # now: what `release` raises, once it has done its work, is of rollouts that go on
                 collector.release(groups, version=result.version)
                 trained = prefixed("train", {**result.metrics, "dropped_too_long": left_out})
                 metrics = {**collector.metrics(), **trained, **canary, **telemetry.timings()}
@@ -83,7 +81,7 @@ async def train(
                 _warn(metrics, config, telemetry)
                 if is_due(step, every=config.rl.save_every, last=config.rl.num_steps):
                     await _save(step, collector, run_dir, services)
-                    saved = step
+                    kept.saved = step
                 if _evaluates_after(step, config):
                     await _evaluate(step, config, heldout, services, telemetry)
     await services.learner.saved()
@@ -111,6 +109,27 @@ def _phase(config: Config) -> TrainingPhase:
 
 def loss_name(config: Config) -> LossName:
     return "cispo" if config.rl.loss == "cispo" else "dapo"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Kept:
+    """The last step that is finished, None while the learner is ahead of the engines, and the last one that is saved."""
+
+    finished: int | None
+    saved: int
+
+
+@asynccontextmanager
+async def _finished_steps_kept(kept: _Kept, collector: GroupCollector, run_dir: Path, services: Services) -> AsyncIterator[None]:
+    """Where the run ends for an outage, a stall or questions that teach nothing, whoever noticed, the finished steps are saved first."""
+    try:
+        yield
+    except WebDancerError:
+        if kept.finished is not None:
+            if kept.saved < kept.finished:
+                await _save(kept.finished, collector, run_dir, services)
+            await services.learner.saved()
+        raise
 
 
 async def _save(step: int, collector: GroupCollector, run_dir: Path, services: Services) -> None:
