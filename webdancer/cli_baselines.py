@@ -9,12 +9,11 @@ Each row is a process and a run directory of its own, RUN_DIR/ROW; the same comm
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +57,17 @@ def rows_of(options: argparse.Namespace, config: Config) -> list[Row]:
 
 
 def run(options: argparse.Namespace, config: Config, *, evaluate: Evaluate | None = None) -> int:
-    """Every row that is not there yet, then the table; the exit code of the first row that failed."""
+    """Every row that is not whole yet, then the table; the exit code of the first row that failed, as one is whose run directory holds
+    another model's results."""
     if not config.evaluation.benchmark:
         raise ConfigError("evaluation.benchmark: must name a benchmark or a file (JSONL) to compare on, as with --benchmark, got ''")
+    from webdancer.evaluation.benchmarks import load_benchmark
+    from webdancer.runs.benchmark import is_finished
+
     rows = rows_of(options, config)
+    tasks = load_benchmark(config.evaluation.benchmark, config.evaluation.data)
     for row in rows:
-        if _is_done(row, config):
+        if is_finished(_config_of(row, config), tasks):
             continue
         print(f"{row.title}: {row.model}", flush=True)
         if code := (evaluate or _evaluate)(_arguments(row, options, config)):
@@ -78,8 +82,10 @@ def table(rows: Sequence[Row], config: Config) -> str:
     from webdancer.evaluation.comparison import compare
     from webdancer.evaluation.round_metrics import round_figures
 
-    attempts: dict[str, Sequence[Attempt]] = {row.key: read_attempts(_results(row, config)) for row in rows}
     rounds = config.evaluation.rounds
+    attempts: dict[str, Sequence[Attempt]] = {
+        row.key: [one for one in read_attempts(_results(row, config)) if one.round <= rounds] for row in rows
+    }
     head = f"{'':14} {'Avg':>6} {f'Pass@{rounds}':>7} {'no answer':>10} {'tool calls':>11}   against vanilla ReAct, in points"
     lines = [head, "-" * len(head)]
     for row in rows:
@@ -106,15 +112,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "webdancer.cli", "evaluate", *arguments], check=False).returncode
 
 
-def _is_done(row: Row, config: Config) -> bool:
-    """Raises ConfigError where the finished row is another model's."""
-    path = _results(row, config) / "result.json"
-    if not path.exists():
-        return False
-    model = json.loads(path.read_text())["model"]
-    if model != row.model:
-        raise ConfigError(f"run_dir: {_run_dir(row, config)} holds the results of {model!r}, got {row.model!r}; choose another run_dir")
-    return True
+def _config_of(row: Row, config: Config) -> Config:
+    evaluation = replace(config.evaluation, method=row.method)
+    return replace(config, run_dir=str(_run_dir(row, config)), model=replace(config.model, path=row.model), evaluation=evaluation)
 
 
 def _run_dir(row: Row, config: Config) -> Path:

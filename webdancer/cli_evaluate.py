@@ -46,12 +46,16 @@ def named_overrides(options: argparse.Namespace, overrides: Sequence[str]) -> li
 
 
 def compare(first: Path, second: Path) -> str:
-    """Raises DataError where one of them is no evaluation, or they have no question in common."""
-    from webdancer.evaluation.attempts import read_attempts
-    from webdancer.evaluation.comparison import compare
+    """Raises DataError where one of them is no evaluation, or they have no question in common, or the same ids for other questions."""
+    from webdancer.evaluation.attempts import read_judged, settings_that_differ
+    from webdancer.evaluation.comparison import check_same_questions, compare
     from webdancer.evaluation.round_table import comparison_text
 
-    return comparison_text(compare(read_attempts(first), read_attempts(second)))
+    left, right = read_judged(first), read_judged(second)
+    check_same_questions([task for _, task in left], [task for _, task in right])
+    text = comparison_text(compare([attempt for attempt, _ in left], [attempt for attempt, _ in right]))
+    differ = settings_that_differ(first, second)
+    return "\n".join([text, *(["besides the model, they differ in " + "; ".join(differ)] if differ else [])])
 
 
 def judge_agreement(directory: Path, config: Config) -> str:

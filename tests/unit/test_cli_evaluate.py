@@ -54,6 +54,23 @@ def test_two_evaluations_are_compared(tmp_path, capsys):
     assert "p = 0.0625 (exact McNemar test)" in said
 
 
+def test_what_else_differs_is_said(tmp_path, capsys):
+    first, second = (write_round(tmp_path / name, {"p": True}) for name in "ab")
+    (tmp_path / "a" / "settings.json").write_text('{"model": "x", "judge": "match", "temperature": 0.6}')
+    (tmp_path / "b" / "settings.json").write_text('{"model": "y", "judge": "72b", "temperature": 0.6}')
+    assert cli.main(["evaluate", "--compare", first, second]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("they differ in judge: 'match' and '72b'")
+
+
+def test_one_id_for_two_questions_is_no_comparison(tmp_path, capsys):
+    first, second = (write_round(tmp_path / name, {"p": True}) for name in "ab")
+    path = tmp_path / "b" / "iter1.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "question": "Another?"}) + "\n")
+    assert cli.main(["evaluate", "--compare", first, second]) == 2
+    assert "--compare: must be of the same questions, got id 'p'" in capsys.readouterr().err
+
+
 def test_two_judges_are_compared_without_starting_anything(tmp_path, capsys):
     directory = write_round(tmp_path / "a", {"p": True, "q": False})
     assert cli.main(["evaluate", "--judge-agreement", directory]) == 0

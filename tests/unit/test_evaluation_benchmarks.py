@@ -207,6 +207,8 @@ def test_any_questions_of_ones_own(tmp_path):
         ("gaia", "x.txt", "x", "must be one of .jsonl, .json, .csv, .parquet, .xlsx, got '.txt'"),
         ("gaia", "x.parquet", "not one", "must be a parquet file"),
         ("browsecomp-zh", "x.xlsx", "not one", "must be a workbook"),
+        ("gaia", "x.json", '[{"task_id": "a", "Question": "1?", "answer": "?"}]', r"row 1: .*must be published, got '\?'; use a split"),
+        ("simpleqa", "x.csv", 'problem,answer\n"' + "x" * 140_000, "x.csv: must be CSV, got: field larger"),
         ("browsecomp", "x.csv", "problem,answer\n", "must have at least one row below its header"),
         ("browsecomp", "x.csv", "problem,answer\nYQ==,YQ==\n", "row 1: canary: must be the key of the row, got nothing"),
         ("browsecomp", "x.csv", "problem,answer,canary\nplain text,YQ==,k\n", "row 1: problem: must be base64 of text encrypted"),

@@ -35,6 +35,11 @@ def test_accuracy_in_every_sense():
     assert found.num_questions == 4
 
 
+def test_questions_that_all_agree_prove_little():
+    found = accuracy(rounds_of({str(n): [False] for n in range(10)}), rounds=1).pass_at_k
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, pytest.approx(0.2775, abs=1e-3))
+
+
 @pytest.mark.parametrize(
     ("tried", "share"),
     [

@@ -16,6 +16,8 @@ from webdancer.config import PromptConfig, load
 from webdancer.errors import ConfigError
 from webdancer.interfaces import Services
 from webdancer.rollout.runner import LocalEpisodeRunner
+from webdancer.runs import benchmark
+from webdancer.runs.benchmark import benchmark_directory
 from webdancer.runs.methods import METHODS, asked_by_method, method_runner
 from webdancer.types import EpisodeLost, Sampling, StopReason, ToolResult
 
@@ -80,19 +82,17 @@ def test_the_agent_is_as_it_was_and_sees_nothing_retrieved():
     assert question_of(without) == task.question
 
 
-def result(directory, model, verdicts):
-    """What `webdancer evaluate` leaves of a row, with one round."""
-    directory.mkdir(parents=True)
-    rows = []
-    for index, right in enumerate(verdicts):
-        status = "correct" if right else "wrong"
-        rows.append({"id": f"q{index}", "right": status})
-    (directory / "result.json").write_text(json.dumps({"model": model}))
-    return rows
+def result(config, *, unknown=0.0):
+    """What `webdancer evaluate` leaves of a row."""
+    directory = benchmark_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = {"k": config.evaluation.rounds, "accuracy": {"num_questions": config.evaluation.num_tasks or 3}, "unknown": unknown}
+    settings = benchmark._settings(config, benchmark.paper_sampling(config))
+    (directory / "result.json").write_text(json.dumps({"settings": settings, "figures": figures}))
 
 
-def options(*words):
-    return cli.parse(["baselines", "--benchmark", "held.jsonl", "--base", "B", *words])
+def options(*words, data="held.jsonl"):
+    return cli.parse(["baselines", "--benchmark", str(data), "--base", "B", *words])
 
 
 def test_rows_are_those_that_have_a_model():
@@ -110,28 +110,53 @@ def test_rows_are_those_that_have_a_model():
     assert config.evaluation.benchmark == "jsonl"
 
 
-def test_each_row_is_an_evaluation_and_none_is_made_twice(tmp_path, monkeypatch, capsys):
-    given = options("--sft", "S", f"run_dir={tmp_path}")
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "question": f"What is {n}?", "answer": "x"}) + "\n" for n in range(3)))
+    return path
+
+
+def test_each_row_is_an_evaluation_and_none_is_made_twice(tmp_path, questions, monkeypatch, capsys):
+    given = options("--sft", "S", f"run_dir={tmp_path}", data=questions)
     config = load([], given.overrides)
     monkeypatch.setattr(cli_baselines, "table", lambda rows, config: " ".join(row.key for row in rows))
+    monkeypatch.setattr(benchmark, "is_reasoning_model", lambda path: False)
     asked = []
 
     def evaluate(arguments):
-        child = cli.parse(["evaluate", *arguments])
-        loaded = load([], child.overrides)
+        loaded = load([], cli.parse(["evaluate", *arguments]).overrides)
         asked.append((loaded.model.path, loaded.evaluation.method))
         if len(asked) == 3:
             return 130
-        result(tmp_path / loaded.run_dir / "benchmarks" / "held", loaded.model.path, [])
+        result(loaded, unknown=0.5 if len(asked) == 1 else 0.0)
         return 0
 
     assert cli_baselines.run(given, config, evaluate=evaluate) == 130
     assert cli_baselines.run(given, config, evaluate=evaluate) == 0
-    assert asked == [("B", "direct"), ("B", "rag"), ("B", "react"), ("B", "react"), ("S", "react")]
+    first = [("B", "direct"), ("B", "rag"), ("B", "react")]
+    assert asked == [*first, ("B", "direct"), ("B", "react"), ("S", "react")]  # again what lacked verdicts or was stopped
     assert capsys.readouterr().out.strip().endswith("no_tools rag react sft_only")
-    other = options("--base", "C", f"run_dir={tmp_path}")
-    with pytest.raises(ConfigError, match="holds the results of 'B', got 'C'"):
-        cli_baselines.run(other, load([], other.overrides), evaluate=evaluate)
+    asked.clear()
+    assert cli_baselines.run(given, config, evaluate=evaluate) == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize("word", ["evaluation.num_tasks=2", "evaluation.rounds=1", "evaluation.temperature=0.3"])
+def test_what_was_asked_otherwise_is_asked_again(tmp_path, questions, monkeypatch, word):
+    monkeypatch.setattr(cli_baselines, "table", lambda rows, config: "")
+    monkeypatch.setattr(benchmark, "is_reasoning_model", lambda path: False)
+    asked = []
+
+    def evaluate(arguments):
+        asked.append(arguments)
+        result(load([], cli.parse(["evaluate", *arguments]).overrides))
+        return 0
+
+    for words, runs in (([word], 3), ([], 6)):
+        given = options(f"run_dir={tmp_path}", *words, data=questions)
+        assert cli_baselines.run(given, load([], given.overrides), evaluate=evaluate) == 0
+        assert len(asked) == runs
 
 
 def test_a_benchmark_must_be_named():

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from synthetic_run import make_evaluation, make_run
 
 from webdancer.errors import DataError
+from webdancer.evaluation.metrics import wilson_interval
 from webdancer.evaluation.results import write_evaluation
 from webdancer.telemetry.charts import Bar, Series, bar_chart, line_chart, stacked_chart, ticks
 from webdancer.telemetry.report import write_report
-from webdancer.telemetry.report_data import accuracy, gather, kinds, stage_order, wilson_interval
+from webdancer.telemetry.report_data import accuracy, gather, kinds, stage_order
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> <style>*{display:none}</style> \udc80\x00"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -156,6 +156,22 @@ def read_judged(directory: Path) -> tuple[tuple[Attempt, Task], ...]:
     return tuple(found[key] for key in sorted(found))
 
 
+def settings_that_differ(first: Path, second: Path) -> list[str]:
+    """Of two evaluations, `NAME: ONE and OTHER`; not the model, which is what is compared."""
+    ours, theirs = (_settings_of(directory) for directory in (first, second))
+    names = [name for name in {**ours, **theirs} if name != "model"]
+    return [f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in names if ours.get(name) != theirs.get(name)]
+
+
+def _settings_of(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS_FILE
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: must be what an evaluation wrote, got: {error}") from error
+    return dict(found)
+
+
 def unsealed(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     try:
         return unseal(row)

@@ -27,6 +27,8 @@ from webdancer.types import Task
 
 Row = Mapping[str, Any]
 CANARY = "canary"
+UNPUBLISHED = "?"
+"""The answer of a test split that keeps its answers (GAIA)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +274,8 @@ def _answers(row: Row, columns: Sequence[str], place: str) -> tuple[str, ...]:
     value = _required(row, columns, place)
     listed = list(value) if isinstance(value, list | tuple) else [value]
     aliases = tuple(dict.fromkeys(_label(alias) for alias in listed if isinstance(alias, str | int | float) and _label(alias)))
+    if aliases == (UNPUBLISHED,):
+        raise DataError(f"{place}: {' or '.join(columns)}: must be published, got {UNPUBLISHED!r}; use a split that has its answers")
     if not aliases or len(listed) != sum(isinstance(alias, str | int | float) for alias in listed):
         raise DataError(f"{place}: {' or '.join(columns)}: must be an answer or a list of them, got {_shown(value)}")
     return aliases

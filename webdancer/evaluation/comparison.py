@@ -11,9 +11,9 @@ import numpy as np
 
 from webdancer.errors import DataError
 from webdancer.evaluation.attempts import Attempt
-from webdancer.evaluation.metrics import Estimate, estimate
+from webdancer.evaluation.metrics import Estimate, estimate, share
 from webdancer.evaluation.round_metrics import scores
-from webdancer.types import VerdictStatus
+from webdancer.types import Task, VerdictStatus
 
 NUM_SIGNS = 100_000
 """Random sign vectors of the permutation test, unless all of them are fewer."""
@@ -67,6 +67,15 @@ def compare(first: Sequence[Attempt], second: Sequence[Attempt], *, seed: int = 
     )
 
 
+def check_same_questions(first: Sequence[Task], second: Sequence[Task]) -> None:
+    """Raises DataError where an id stands for one question here and for another there."""
+    known = {task.id: task for task in first}
+    for task in second:
+        other = known.get(task.id, task)
+        if (other.question, set(other.answers)) != (task.question, set(task.answers)):
+            raise DataError(f"--compare: must be of the same questions, got id {task.id!r} for another question or answer in each")
+
+
 def permutation_p(differences: Sequence[float], *, seed: int = 0) -> float:
     """Two-sided p-value of paired differences under random signs: exact up to 16 that are not 0, else over NUM_SIGNS draws."""
     values = np.array([value for value in differences if value != 0.0])
@@ -95,7 +104,7 @@ def agreement(pairs: Sequence[tuple[VerdictStatus, VerdictStatus]]) -> Agreement
     decided = [pair for pair in pairs if "unknown" not in pair]
     if not decided:
         raise DataError("--judge-agreement: must have answers that both judges decide, got none")
-    same = estimate([float(one == other) for one, other in decided])
+    same = share([float(one == other) for one, other in decided])
     first = sum(one == "correct" for one, _ in decided) / len(decided)
     second = sum(other == "correct" for _, other in decided) / len(decided)
     by_chance = first * second + (1 - first) * (1 - second)

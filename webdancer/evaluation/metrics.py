@@ -57,18 +57,43 @@ def estimate(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -
     return Estimate(mean=float(data.mean()), low=float(low), high=float(high), num_tasks=data.size)
 
 
+def share(values: Sequence[float]) -> Estimate:
+    """As `estimate`, of values in [0, 1]. Where all are equal the bootstrap has no width; Wilson's interval says how little that proves."""
+    found = estimate(values)
+    return found if not found.num_tasks or found.low < found.high else with_wilson(found)
+
+
+def with_wilson(found: Estimate) -> Estimate:
+    """The same with Wilson's interval, as of as many independent trials."""
+    if found.num_tasks == 0:
+        return found
+    low, high = wilson_interval(found.mean * found.num_tasks, found.num_tasks)
+    return Estimate(mean=found.mean, low=low, high=high, num_tasks=found.num_tasks)
+
+
+def wilson_interval(num_correct: float, num_trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share of independent trials (Wilson 1927); (0, 1) for no trial."""
+    if num_trials == 0:
+        return 0.0, 1.0
+    rate = num_correct / num_trials
+    centre = rate + z * z / (2 * num_trials)
+    spread = z * math.sqrt(rate * (1 - rate) / num_trials + z * z / (4 * num_trials * num_trials))
+    scale = 1 + z * z / num_trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
 def greedy(rows: Sequence[EvaluationRow]) -> Estimate:
-    return estimate([float(row.greedy_correct) for row in rows if row.greedy_correct is not None])
+    return share([float(row.greedy_correct) for row in rows if row.greedy_correct is not None])
 
 
 def sampled_pass_at_1(rows: Sequence[EvaluationRow]) -> Estimate:
-    return estimate([sum(row.samples_correct) / len(row.samples_correct) for row in rows if row.samples_correct])
+    return share([sum(row.samples_correct) / len(row.samples_correct) for row in rows if row.samples_correct])
 
 
 def sampled_pass_at_k(rows: Sequence[EvaluationRow], k: int) -> Estimate:
     """Over the questions with at least k valid samples."""
     enough = [row for row in rows if len(row.samples_correct) >= k]
-    return estimate([pass_at_k(len(row.samples_correct), sum(row.samples_correct), k) for row in enough])
+    return share([pass_at_k(len(row.samples_correct), sum(row.samples_correct), k) for row in enough])
 
 
 def summary(rows: Sequence[EvaluationRow], *, k: int = 8) -> dict[str, float]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from webdancer.evaluation.attempts import LABELS, Attempt
-from webdancer.evaluation.metrics import Estimate, estimate, pass_at_k
+from webdancer.evaluation.metrics import Estimate, pass_at_k, share
 from webdancer.rewards.judge_prompts import NOT_ATTEMPTED
 from webdancer.rewards.matching import normalise
 
@@ -118,9 +118,9 @@ def accuracy(attempts: Sequence[Attempt], *, rounds: int) -> Accuracy:
         pass_at_1=by_round,
         avg=_mean(known),
         best=max(known, default=math.nan),
-        pass_at_k=estimate([pass_at_k(len(tried), num_right(tried), rounds) for tried in enough]),
-        cons_at_k=estimate(list(scores(decided).values())),
-        majority_at_k=estimate([majority(tried) for tried in questions.values()]),
+        pass_at_k=share([pass_at_k(len(tried), num_right(tried), rounds) for tried in enough]),
+        cons_at_k=share(list(scores(decided).values())),
+        majority_at_k=share([majority(tried) for tried in questions.values()]),
     )
 
 

@@ -79,7 +79,10 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _csv_rows(path: Path) -> Rows:
-    table = list(csv.DictReader(io.StringIO(_text(path), newline="")))
+    try:
+        table = list(csv.DictReader(io.StringIO(_text(path), newline="")))
+    except csv.Error as error:  # a quotation that nothing ends swallows the rest of the file
+        raise DataError(f"{path}: must be CSV, got: {error}") from error
     if not table:
         raise DataError(f"{path}: must have at least one row below its header, got none")
     for place, row in _numbered(path, table):

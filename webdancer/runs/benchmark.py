@@ -36,7 +36,7 @@ REASONING_PENALTY = 1.1
 async def run_benchmark(config: Config, tasks: Sequence[Task], runner: EpisodeRunner, judge: Judge, telemetry: Telemetry) -> RoundFigures:
     """`evaluation.rounds` attempts at each of `evaluation.num_tasks` questions, less those that an earlier start has made."""
     settings = config.evaluation
-    chosen = tasks[: settings.num_tasks] if settings.num_tasks else tasks
+    chosen = _chosen(config, tasks)
     sampling = paper_sampling(config)
     directory = benchmark_directory(config)
     files = RoundFiles(directory, chosen, rounds=settings.rounds, settings=_settings(config, sampling), prompt=config.prompt)
@@ -77,6 +77,21 @@ async def run_benchmark(config: Config, tasks: Sequence[Task], runner: EpisodeRu
     write_whole(directory / "result.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     telemetry.log("evaluation", 0, _scalars(f"benchmark/{name_of(config)}", figures))
     return figures
+
+
+def is_finished(config: Config, tasks: Sequence[Task]) -> bool:
+    """Whether what is there is of these questions, rounds and settings, and has every verdict."""
+    path = benchmark_directory(config) / "result.json"
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    figures, settings = found["figures"], _settings(config, paper_sampling(config))
+    whole = figures["k"] == config.evaluation.rounds and figures["accuracy"]["num_questions"] == len(_chosen(config, tasks))
+    return bool(whole and figures["unknown"] == 0 and found["settings"] == settings)
+
+
+def _chosen(config: Config, tasks: Sequence[Task]) -> Sequence[Task]:
+    return tasks[: config.evaluation.num_tasks] if config.evaluation.num_tasks else tasks
 
 
 def paper_sampling(config: Config) -> Sampling:

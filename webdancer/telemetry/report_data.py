@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from webdancer.errors import ConfigError, DataError
-from webdancer.evaluation.metrics import Estimate, EvaluationRow, by, greedy, sampled_pass_at_1
+from webdancer.evaluation.metrics import Estimate, EvaluationRow, by, greedy, sampled_pass_at_1, with_wilson
 from webdancer.evaluation.results import Evaluation, read_evaluation
 from webdancer.telemetry.jsonl import read_jsonl
 from webdancer.telemetry.recorder import read_trajectories
@@ -88,20 +88,13 @@ def stage_title(stage: str) -> str:
 
 
 def accuracy(rows: Sequence[EvaluationRow]) -> Estimate:
-    """Sampled pass@1, or greedy where nothing was sampled, with a 95 % interval.
-
-    The bootstrap has no width where all questions agree; there the Wilson interval says how little that proves.
-    """
+    """Sampled pass@1, or greedy where nothing was sampled, with a 95 % interval."""
     estimate = sampled_pass_at_1(rows)
-    return with_width(estimate) if estimate.num_tasks else greedy_accuracy(rows)
-
-
-def with_width(estimate: Estimate) -> Estimate:
-    return estimate if estimate.low < estimate.high else _wilson(estimate)
+    return estimate if estimate.num_tasks else greedy_accuracy(rows)
 
 
 def greedy_accuracy(rows: Sequence[EvaluationRow]) -> Estimate:
-    return _wilson(greedy(rows))
+    return with_wilson(greedy(rows))
 
 
 def has_samples(evaluations: Iterable[Evaluation]) -> bool:
@@ -120,24 +113,6 @@ def kind_label(row: EvaluationRow) -> str:
     if row.type.lower() in ("count", "intersection") or row.hops < 1:
         return row.type.upper() or "other"
     return f"{row.hops} hop{'s' if row.hops > 1 else ''}"
-
-
-def wilson_interval(num_correct: float, num_trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share of independent trials (Wilson 1927); (0, 1) for no trial."""
-    if num_trials == 0:
-        return 0.0, 1.0
-    share = num_correct / num_trials
-    centre = share + z * z / (2 * num_trials)
-    spread = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials * num_trials))
-    scale = 1 + z * z / num_trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _wilson(estimate: Estimate) -> Estimate:
-    if estimate.num_tasks == 0:
-        return estimate
-    low, high = wilson_interval(estimate.mean * estimate.num_tasks, estimate.num_tasks)
-    return Estimate(mean=estimate.mean, low=low, high=high, num_tasks=estimate.num_tasks)
 
 
 class _Examples:

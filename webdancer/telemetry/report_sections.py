@@ -19,7 +19,6 @@ from webdancer.telemetry.report_data import (
     kinds,
     stage_order,
     stage_title,
-    with_width,
 )
 from webdancer.telemetry.report_trajectory import trajectory_article
 
@@ -166,7 +165,7 @@ def _stage_table(evaluations: Sequence[Evaluation]) -> str:
     for one in evaluations:
         cells = f"<td>{_estimate(greedy_accuracy(one.rows))}</td>"
         cells += f"<td>{_estimate(accuracy(one.rows))}</td>" if sampled else ""
-        cells += f"<td>{_estimate(with_width(sampled_pass_at_k(one.rows, k)))}</td>" if k > 1 else ""
+        cells += f"<td>{_estimate(sampled_pass_at_k(one.rows, k))}</td>" if k > 1 else ""
         calls = sum(row.num_tool_calls for row in one.rows) / max(1, len(one.rows))
         well = sum(row.format_ok for row in one.rows) / max(1, len(one.rows))
         rows.append(f"<tr><th>{escape(stage_title(one.stage))}</th>{cells}<td>{calls:.1f}</td><td>{100 * well:.0f} %</td></tr>")
