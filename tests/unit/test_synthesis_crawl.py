@@ -148,6 +148,24 @@ def test_a_table_of_keys_and_values_is_an_infobox_where_none_says_so():
     assert parse_page(f"<table>{rows}</table><table>{rows}<tr><td>1</td></tr></table>", url=SITE).facts == {}
 
 
+def test_footnotes_are_no_values_and_what_stands_in_two_rows_is_two_values():
+    html = """<table class=infobox>
+      <tr><th>capital<sup>[a]</sup></th><td><a href="/Paris#old">Paris</a><sup><a href="#cite_note-1">[1]</a></sup></td></tr>
+      <tr><th>leader</th><td><a href="/Bo">Bo</a><sup>[<a href="/Help">citation needed</a>]</sup></td></tr>
+      <tr><th>area</th><td>12 km<sup>2</sup> <a href="#f2">2</a></td></tr><tr><th>law</th><td><a href="#law">civil</a></td></tr>
+      <tr><th>spouse</th><td><a href="/Ann">Ann</a></td></tr><tr><th>spouse</th><td><a href="/Beth">Beth</a></td></tr>
+      <tr><th>spouse</th><td><a href="/Ann">Ann</a></td></tr></table>"""
+    page = parse_page(html, url=SITE + "/France", site=SITE)
+    assert page.facts == {
+        "capital": (FactValue(text="Paris", url="/Paris"),),
+        "leader": (FactValue(text="Bo", url="/Bo"),),
+        "area": (FactValue(text="12 km2"),),
+        "law": (FactValue(text="civil"),),
+        "spouse": (FactValue(text="Ann", url="/Ann"), FactValue(text="Beth", url="/Beth")),
+    }
+    assert "Paris[1]" in page.text
+
+
 LONG = " ".join(f"word{i}" for i in range(300))
 
 
@@ -220,7 +238,7 @@ def test_a_crawl_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path, by
         asyncio.run(crawl(["/2"], fetch=FakeWeb(graph(80)).fetch, site=SITE, budget=budget, folder=tmp_path / "parts"))
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=("Cs",))) | st.lists(st.sampled_from(["<table class=infobox>", "<tr>", "<th>", "<td>", "<a href=", "'x'", ">", "</table>", "k", "<!--", "\0"])).map("".join))  # fmt: skip  # noqa: E501
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",))) | st.lists(st.sampled_from(["<table class=infobox>", "<tr>", "<th>", "<td>", "<a href=", "'x'", "'#x'", "<sup>", ">", "</table>", "k", "<!--", "\0"])).map("".join))  # fmt: skip  # noqa: E501
 def test_parsing_never_raises(html):
     json.dumps(parse_page(html, url="http://h/p").text)
 

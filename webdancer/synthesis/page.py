@@ -7,7 +7,8 @@ and values (one head and one cell a row) counts as one. Pages are hostile: nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ _MAX_TEXT_CHARS = 20_000
 _BLOCKS = ("title", "h1", "h2", "h3", "h4", "p", "div", "section", "ul", "ol", "li", "table", "tr", "th", "td", "br", "dt", "dd", "pre")
 _MIN_ROWS, _PAIRED_SHARE = 3, 0.8  # of a table that is an infobox without saying so
 _JOINING = re.compile(r"\b(?:and|or)\b|[^\w]")
+_NOTE = re.compile(r"\[.*\]|\W*|\d{1,3}|[a-z]")  # what a link to a footnote of the page may be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ def parse_page(html: str, *, url: str, site: str = "") -> CrawledPage:
         kind=next((table.get("data-kind", "") for table in tables), ""),
         split=next(iter(tree.xpath("//meta[@name='split']/@content")), ""),
         aliases=tuple(alias.strip() for span in tree.find_class("alias") for alias in _text(span).split(";") if alias.strip()),
-        facts={key: values for table in tables for key, values in _facts(table, url, site) if values},
+        facts=_merged(row for table in tables for row in _facts(table, url, site)),
         links=tuple(linked),
         text=_text(tree)[:_MAX_TEXT_CHARS],
         link_texts=tuple(linked.values()),
@@ -91,13 +93,45 @@ def _facts(table: HtmlElement, url: str, site: str) -> list[tuple[str, tuple[Fac
     for row in table.iterfind(".//tr"):
         heads, cells = row.findall("th"), row.findall("td")
         if len(heads) == 1 and len(cells) == 1:
-            anchors = [(_text(anchor), _link(url, anchor, site)) for anchor in cells[0].iterfind(".//a[@href]")]
-            values = tuple(FactValue(text=text, url=link) for text, link in anchors if text and link)
-            plain = _text(cells[0])
+            head, cell = _without_notes(heads[0]), _without_notes(cells[0])
+            linked = ((_text(anchor), _link(url, anchor, site)) for anchor in cell.iterfind(".//a[@href]") if not _is_fragment(anchor))
+            values = tuple(FactValue(text=text, url=link) for text, link in linked if text and link)
+            plain = _text(cell)
             if not _is_all(plain, [value.text for value in values]):
                 values = (FactValue(text=plain),) if plain else ()
-            rows.append((_text(heads[0]).rstrip(": "), values))
+            rows.append((_text(head).rstrip(": "), values))
     return rows
+
+
+def _merged(rows: Iterable[tuple[str, tuple[FactValue, ...]]]) -> dict[str, tuple[FactValue, ...]]:
+    """What stands under one key in several rows is several values of it."""
+    facts: dict[str, tuple[FactValue, ...]] = {}
+    for key, values in rows:
+        if values:
+            facts[key] = tuple(dict.fromkeys((*facts.get(key, ()), *values)))
+    return facts
+
+
+def _without_notes(element: HtmlElement) -> HtmlElement:
+    """Itself, or a copy without the footnotes, which are no part of what it says: `[1]`, `[citation needed]`, a raised 2."""
+    if any(map(_is_note, element.iter("sup", "a"))):
+        element = deepcopy(element)
+        for note in [found for found in element.iter("sup", "a") if _is_note(found)]:
+            note.drop_tree()
+    return element
+
+
+def _is_note(element: HtmlElement) -> bool:
+    text = _text(element)
+    if element.tag == "a":
+        return _is_fragment(element) and _NOTE.fullmatch(text) is not None
+    anchors = element.findall(".//a[@href]")
+    return (text.startswith("[") and text.endswith("]")) or (bool(anchors) and all(map(_is_fragment, anchors)))
+
+
+def _is_fragment(anchor: HtmlElement) -> bool:
+    """Whether it leads to a place in its own page."""
+    return bool(anchor.get("href", "").strip().startswith("#"))
 
 
 def _is_all(text: str, parts: Sequence[str]) -> bool:
