@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from webdancer.errors import DataError
 from webdancer.evaluation.attempts import Attempt
 from webdancer.evaluation.comparison import agreement, compare, mcnemar_p, permutation_p
-from webdancer.evaluation.round_metrics import accuracy, majority, round_figures
+from webdancer.evaluation.round_metrics import accuracy, majority, round_figures, same_answers
 from webdancer.evaluation.round_table import agreement_text, comparison_text, table
 
 
@@ -48,10 +48,38 @@ def test_questions_that_all_agree_prove_little():
         ([("Paris", True), ("Lyon", False)], 0.5),
         ([(None, False), (None, False), ("Paris", True)], 1.0),
         ([(None, False)], 0.0),
+        ([("$5 million", True), ("5,000,000", True), ("6 million", False), ("7", False)], 1.0),
+        ([("March 5, 1990", False), ("1990-03-05", False), ("March 1990", True)], 0.0),
+        ([("Nice and Lyon", True), ("Lyon; Nice", True), ("Lyon", False)], 1.0),
+        ([("UK", True), ("United Kingdom", True), ("France", False), ("Spain", False)], 0.5),
     ],
 )
 def test_majority_vote_is_by_answer_not_by_verdict(tried, share):
     assert majority([attempt("a", round, right, answer=answer) for round, (answer, right) in enumerate(tried, start=1)]) == share
+
+
+def test_two_right_answers_of_a_question_are_one_answer():
+    tried = [
+        attempt("a", 1, True, answer="the U.K."),
+        attempt("a", 2, True, answer="United Kingdom"),
+        attempt("a", 3, False, answer="France"),
+    ]
+    assert majority(tried) == pytest.approx(2 / 3), "nobody says that they are aliases"
+    assert majority(tried, gold=("United Kingdom", "U.K.")) == 1.0
+    figures = round_figures(tried, rounds=3, gold={"a": ("United Kingdom", "U.K.")})
+    assert figures.accuracy.majority_at_k.mean == 1.0
+
+
+ANSWERS = st.lists(st.sampled_from(["12", "$12", "12 %", "twelve", "1990-03-05", "March 5, 1990", "Lyon, Nice", "Nice; Lyon", "Lyon", ""]))
+
+
+@given(ANSWERS, st.randoms())
+def test_which_answers_are_the_same_does_not_depend_on_their_order(answers, random):
+    order = random.sample(range(len(answers)), len(answers))
+    groups = same_answers(answers)
+    assert sorted(index for group in groups for index in group) == list(range(len(answers)))
+    shuffled = [sorted(order[index] for index in group) for group in same_answers([answers[index] for index in order])]
+    assert sorted(shuffled) == sorted(groups)
 
 
 @given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=3, max_size=3), min_size=1, max_size=8))

@@ -8,7 +8,7 @@ For k rounds and c_q right of the n_q <= k attempts at question q that have a ve
     Pass@k              mean over q of 1 - C(n_q - c_q, k) / C(n_q, k): some of k attempts is right; questions with n_q < k are left out
     Cons@k              mean over q of c_q / n_q, the paper's consistency (its Cons@3)
     Majority@k          mean over q of the verdict on the answer that most attempts at q gave; ties count in parts. Elsewhere also
-                        called cons@k, which the paper's is not. Answers are the same by matching.normalise.
+                        called cons@k, which the paper's is not. Which answers are the same: `same_answers`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 from webdancer.evaluation.attempts import LABELS, Attempt
 from webdancer.evaluation.metrics import Estimate, pass_at_k, share
 from webdancer.rewards.judge_prompts import NOT_ATTEMPTED
-from webdancer.rewards.matching import normalise
+from webdancer.rewards.matching import normalise, same_answer
 
-ByQuestion = Mapping[str, Sequence[Attempt]]
+Gold = Mapping[str, Sequence[str]]
+NO_GOLD: Gold = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,8 @@ class RoundFigures:
         return plain
 
 
-def round_figures(attempts: Sequence[Attempt], *, rounds: int) -> RoundFigures:
-    """attempts: one an episode. Raises ValueError without any."""
+def round_figures(attempts: Sequence[Attempt], *, rounds: int, gold: Gold = NO_GOLD) -> RoundFigures:
+    """attempts: one an episode. gold: question id -> its right answers, for the majority. Raises ValueError without any attempt."""
     if not attempts:
         raise ValueError("attempts: must have at least one, got none")
     kinds = {name: sorted({one.labels[name] for one in attempts if name in one.labels}) for name in LABELS}
@@ -82,9 +84,11 @@ def round_figures(attempts: Sequence[Attempt], *, rounds: int) -> RoundFigures:
     ran = [one for one in attempts if one.stop != "failed"]
     return RoundFigures(
         k=rounds,
-        accuracy=accuracy(attempts, rounds=rounds),
+        accuracy=accuracy(attempts, rounds=rounds, gold=gold),
         by={
-            name: {value: accuracy([one for one in attempts if one.labels.get(name) == value], rounds=rounds) for value in values}
+            name: {
+                value: accuracy([one for one in attempts if one.labels.get(name) == value], rounds=rounds, gold=gold) for value in values
+            }
             for name, values in kinds.items()
             if len(values) > 1
         },
@@ -105,7 +109,7 @@ def round_figures(attempts: Sequence[Attempt], *, rounds: int) -> RoundFigures:
     )
 
 
-def accuracy(attempts: Sequence[Attempt], *, rounds: int) -> Accuracy:
+def accuracy(attempts: Sequence[Attempt], *, rounds: int, gold: Gold = NO_GOLD) -> Accuracy:
     decided = [one for one in attempts if one.status != "unknown"]
     questions: defaultdict[str, list[Attempt]] = defaultdict(list)
     for one in decided:
@@ -120,7 +124,7 @@ def accuracy(attempts: Sequence[Attempt], *, rounds: int) -> Accuracy:
         best=max(known, default=math.nan),
         pass_at_k=share([pass_at_k(len(tried), num_right(tried), rounds) for tried in enough]),
         cons_at_k=share(list(scores(decided).values())),
-        majority_at_k=share([majority(tried) for tried in questions.values()]),
+        majority_at_k=share([majority(tried, gold=gold.get(id, ())) for id, tried in questions.items()]),
     )
 
 
@@ -133,16 +137,31 @@ def scores(attempts: Sequence[Attempt]) -> dict[str, float]:
     return {id: sum(right) / len(right) for id, right in questions.items()}
 
 
-def majority(tried: Sequence[Attempt]) -> float:
+def majority(tried: Sequence[Attempt], *, gold: Sequence[str] = ()) -> float:
     """Whether the most common answer to a question is right; of several as common ones, the share. No answer has no vote."""
-    votes: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in tried:
-        if one.answer is not None:
-            votes[normalise(one.answer)].append(one.status == "correct")
-    if not votes:
+    voters = [one for one in tried if one.answer is not None]
+    groups = same_answers([one.answer or "" for one in voters], gold=gold)
+    if not groups:
         return 0.0
-    most = max(len(voters) for voters in votes.values())
-    return _mean([sum(voters) / len(voters) for voters in votes.values() if len(voters) == most])
+    most = max(map(len, groups))
+    shares = [sum(voters[index].status == "correct" for index in group) / most for group in groups if len(group) == most]
+    return _mean(shares)
+
+
+def same_answers(answers: Sequence[str], *, gold: Sequence[str] = ()) -> list[list[int]]:
+    """The answers (their indices) in groups of the same one: by the offline matcher (text, number, date, list; matching.same_answer), and
+    where two match right answers of one question, which are aliases of each other. Nothing depends on their order."""
+    texts = list(dict.fromkeys(answers))
+    is_right = {text: any(same_answer(text, alias) for alias in gold) for text in texts}
+    group_of = dict(zip(texts, texts, strict=True))
+    for one, other in combinations(texts, 2):
+        if (is_right[one] and is_right[other]) or normalise(one) == normalise(other) or same_answer(one, other):
+            old, new = group_of[one], group_of[other]
+            group_of = {text: new if group == old else group for text, group in group_of.items()}
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, answer in enumerate(answers):
+        groups[group_of[answer]].append(index)
+    return list(groups.values())
 
 
 def num_right(tried: Sequence[Attempt]) -> int:

@@ -67,7 +67,7 @@ async def run_benchmark(config: Config, tasks: Sequence[Task], runner: EpisodeRu
         telemetry.progress(f"{name_of(config)}: {settings.rounds} rounds", total=len(chosen) * settings.rounds) as progress,
     ):
         attempts = await together(attempt(task, round) for round in range(1, settings.rounds + 1) for task in chosen)
-    figures = round_figures(attempts, rounds=settings.rounds)
+    figures = round_figures(attempts, rounds=settings.rounds, gold={task.id: task.answers for task in chosen})
     report = {
         "benchmark": name_of(config),
         "model": config.model.path,
