@@ -149,6 +149,46 @@ async def check_greedy(engine, model) -> None:
     np.testing.assert_allclose(completion.logprobs, reference_logprobs(model, prompt, completion.token_ids), atol=1e-4)
 
 
+async def check_streaming(engine) -> None:
+    """Who listens hears every id in its order while the request runs, and gets the completion that nobody's listening would have given; who
+    is cancelled in the middle of it ends the request."""
+    (prompt,) = prompts(1)
+    heard: list[int] = []
+    times: list[int] = []
+
+    def on_tokens(token_ids):
+        heard.extend(token_ids)
+        times.append(len(token_ids))
+
+    settings = {"sampling": Sampling(seed=11), "max_tokens": 40}
+    streamed, quiet = await asyncio.gather(
+        engine.stream(prompt, session="listened", on_tokens=on_tokens, **settings), engine.complete(prompt, session="quiet", **settings)
+    )
+    assert streamed.token_ids == quiet.token_ids
+    np.testing.assert_allclose(streamed.logprobs, quiet.logprobs, atol=1e-4)
+    assert (streamed.text, streamed.finish, streamed.versions) == (quiet.text, quiet.finish, quiet.versions)
+    assert tuple(heard) == streamed.token_ids
+    assert len(times) > len(heard) / 2, "as they are sampled, not all at the end"
+
+    began = asyncio.Event()
+    settings = {"sampling": Sampling(seed=3), "max_tokens": 450}
+    running = asyncio.create_task(engine.stream([5] * 10, session="given up", on_tokens=lambda token_ids: began.set(), **settings))
+    await asyncio.wait_for(began.wait(), 30)
+    assert not running.done()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await until_idle(engine)
+
+
+async def until_idle(engine) -> None:
+    for _ in range(200):
+        if (await engine.stats())["running"] == 0:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the cancelled request still runs")
+
+
 async def check_stop_token(engine) -> None:
     """A vocabulary of 300 and flat sampling: some of 60 short generations end on the end-of-turn token."""
     hot = Sampling(temperature=2.0)
@@ -382,11 +422,7 @@ async def check_cancel_frees_the_request(engine) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    for _ in range(200):
-        if (await engine.stats())["running"] == 0:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("the cancelled request still runs")
+    await until_idle(engine)
 
 
 async def check_breaks_for_good(engine, model, directory: Path) -> None:

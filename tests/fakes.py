@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from webdancer.agent.actions import render_action
 from webdancer.agent.tokenizer import FastTokenizer
+from webdancer.interfaces import OnTokens
 from webdancer.types import Completion, FinalAnswer, Sampling, Task, ToolCall, ToolResult, Verdict, VersionSpan
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -96,6 +97,30 @@ class ScriptedPolicy:
             finish="length",
             versions=(VersionSpan(version=self.version, start=0, end=max_tokens),),
         )
+
+
+class SpeakingPolicy(ScriptedPolicy):
+    """Says its tokens one by one, `token_s` apart; waits for ever after `stops_after` of them, if that is set."""
+
+    def __init__(self, script: Iterable[str], *, token_s: float = 0.0, stops_after: int | None = None) -> None:
+        super().__init__(script)
+        self.token_s, self.stops_after = token_s, stops_after
+        self.cancelled = False
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion:
+        whole = await self.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
+        try:
+            for number, token_id in enumerate(whole.token_ids):
+                if number == self.stops_after:
+                    await asyncio.sleep(1e6)
+                on_tokens([token_id])
+                await asyncio.sleep(self.token_s)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return whole
 
 
 class FakeToolbox:

@@ -21,6 +21,7 @@ from webdancer.types import (
     TrainingPhase,
     Turn,
     TurnFinished,
+    TurnText,
     Verdict,
 )
 
@@ -42,6 +43,19 @@ class Policy(Protocol):
     async def complete(self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str) -> Completion: ...
 
 
+OnTokens = Callable[[Sequence[int]], None]
+"""Hears of new token ids of a generation, all of them in their order, before the Completion that holds them."""
+
+
+@runtime_checkable
+class StreamingPolicy(Policy, Protocol):
+    """A Policy that can be listened to: `stream` is `complete`, and tells of the ids as they are sampled."""
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion: ...
+
+
 class Toolbox(Protocol):
     """Never raises for a bad call, page or provider: what went wrong is in the result's error code and text."""
 
@@ -55,10 +69,14 @@ class Judge(Protocol):
 
 
 OnTurn = Callable[[TurnFinished], None]
+OnText = Callable[[TurnText], None]
 
 
 class EpisodeRunner(Protocol):
-    """The seam between driver and workers: in-process in tests, a pool of rollout worker actors in a cluster."""
+    """The seam between driver and workers: in-process in tests, a pool of rollout worker actors in a cluster.
+
+    `on_text` hears of each turn while it is written, for a person who waits; training and evaluation do not listen.
+    """
 
     async def run(
         self,
@@ -69,6 +87,7 @@ class EpisodeRunner(Protocol):
         sampling: Sampling,
         resume_from: tuple[Turn, ...] = (),
         on_turn: OnTurn | None = None,
+        on_text: OnText | None = None,
     ) -> ScoredTrajectory | EpisodeLost: ...
 
 

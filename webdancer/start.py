@@ -126,7 +126,8 @@ async def chat(config: Config, telemetry: Telemetry, open_services: OpenServices
     """Questions from the terminal, answered by `model.path` with its searches and visits shown."""
     with _web(_without_judge(config)) as webbed:
         async with whole.started(open_services(webbed, parts={"rollout", "tools", "judge"}), telemetry) as live:
-            await converse(live.runner, say=telemetry.say, sampling=Sampling(temperature=temperature), site=webbed.tools.visit.site)
+            screen = {"say": telemetry.say, "write": telemetry.console.write}
+            await converse(live.runner, sampling=Sampling(temperature=temperature), site=webbed.tools.visit.site, **screen)
 
 
 async def demo(

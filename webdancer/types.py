@@ -155,6 +155,18 @@ class TurnFinished:
     turn: Turn
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnText:
+    """What a turn that is not finished has more of: `text` from character `start` on. 0: it begins, perhaps again on another worker."""
+
+    index: int
+    start: int
+    text: str
+
+
+TurnNews = TurnFinished | TurnText
+
+
 class StopReason(StrEnum):
     ANSWERED = "answered"
     MAX_TURNS = "max_turns"  # model calls used up

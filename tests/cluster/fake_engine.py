@@ -40,6 +40,13 @@ class FakeEngine:
         await asyncio.sleep(self.turn_s)
         return make_completion(search(f"q{done}") if done < NUM_CALLS else answer("yes"), version=self.version)
 
+    async def stream(self, prompt_ids, *, sampling, max_tokens, session, on_tokens):
+        completion = await self.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
+        for token_id in completion.token_ids:
+            on_tokens([token_id])
+            await asyncio.sleep(self.turn_s)
+        return completion
+
     async def _hold(self) -> None:
         try:
             with open(self.directory / "waiting", "x") as file:

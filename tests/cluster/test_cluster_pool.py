@@ -20,7 +20,7 @@ from webdancer.cluster.worker import RolloutWorker, WorkerSpec
 from webdancer.config import EngineConfig, EpisodeConfig, JudgeConfig, PromptConfig, RewardConfig
 from webdancer.errors import EngineFault
 from webdancer.rollout.group import sample_group
-from webdancer.types import Sampling, StopReason, ToolCall
+from webdancer.types import Sampling, StopReason, ToolCall, TurnText
 
 TASK = make_task(answers=("yes",))
 
@@ -75,6 +75,24 @@ async def test_episodes_run_on_the_workers_and_report_their_turns(nodes, fake_mo
     assert [m.trajectory.stop for m in group.members] == [StopReason.ANSWERED] * 8
     assert all(m.reward.answer == 1.0 for m in group.members)
     assert sorted(t.index for t in turns if t.member == 3) == list(range(NUM_CALLS + 1))
+
+
+async def test_who_listens_hears_each_turn_as_it_is_written(nodes, fake_model):
+    news, written = [], {}
+    async with Rollouts(fake_model, num_workers=1) as rollouts:
+        listening = {"on_turn": news.append, "on_text": news.append}
+        scored = await rollouts.runner.run(TASK, member=0, attempt=0, sampling=Sampling(), **listening)
+        (quiet,) = (await rollouts.group(on_turn=news.append)).members
+    assert quiet.trajectory.token_ids.tolist() == scored.trajectory.token_ids.tolist()
+    texts = [one for one in news if isinstance(one, TurnText)]
+    for one in texts:
+        assert one.start == len(written.get(one.index, ""))
+        written[one.index] = written.get(one.index, "") + one.text
+    assert [written[index] for index in range(NUM_CALLS + 1)] == [turn.completion.text for turn in scored.trajectory.turns]
+    last = {one.index: place for place, one in enumerate(news) if isinstance(one, TurnText)}
+    ends = {one.index: place for place, one in enumerate(news[: max(last.values()) + 2]) if not isinstance(one, TurnText)}
+    assert all(last[index] < ends[index] < last.get(index + 1, len(news)) for index in ends)
+    assert len(ends) == NUM_CALLS + 1
 
 
 async def test_killed_worker_is_replaced_and_its_episode_goes_on_from_the_last_finished_turn(nodes, fake_model, tmp_path):

@@ -79,6 +79,7 @@ def test_ends(setting):
     run(contract.check_stop_token(engine))
     run(contract.check_limits(engine))
     run(contract.check_cancel_frees_the_request(engine))
+    run(contract.check_streaming(engine))
 
 
 def test_every_tensor_arrives(setting, tmp_path):
@@ -133,6 +134,7 @@ def test_the_engine_in_processes_of_its_own(tmp_path):
         runner.run(contract.check_sleep(engine, model, tmp_path / "s"))
         runner.run(contract.check_refuses_a_corrupt_export(engine, model, tmp_path / "c"))
         runner.run(contract.check_cancel_frees_the_request(engine))
+        runner.run(contract.check_streaming(engine))
         runner.run(contract.check_breaks_for_good(engine, model, tmp_path / "d"))
 
 

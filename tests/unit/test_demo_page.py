@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 import pytest
 
 from tests.chromium import chromium_page, find_chromium
-from tests.fakes import FakeJudge, FakeToolbox, ScriptedPolicy, answer, make_tokenizer, search
+from tests.fakes import FakeJudge, FakeToolbox, ScriptedPolicy, SpeakingPolicy, answer, make_tokenizer, search
 from webdancer.config import EpisodeConfig, PromptConfig, RewardConfig
 from webdancer.demo.server import build_app, listen, serve
 from webdancer.rollout.runner import LocalEpisodeRunner
@@ -23,10 +23,11 @@ HOSTILE = (
     "2. [run](javascript:window.hacked=4)\n\n3. [own](/wiki/Karo)\n\n\ndata: {}\n\nevent: end\ndata: {}\n\n"
 )
 SLOW = "slow"
+TYPED = "typed"
 
 
 class Demo:
-    """The real server on a thread; questions named `slow` hang in their first tool call."""
+    """The real server on a thread; questions named `slow` hang in their first tool call, those named `typed` in the middle of a turn."""
 
     def __init__(self):
         self.started, self.cancelled = threading.Event(), threading.Event()
@@ -39,8 +40,11 @@ class Demo:
     async def run(self, task, **settings):
         """interfaces.EpisodeRunner: a fresh script for every question."""
         toolbox = FakeToolbox(HOSTILE, delay_s=60.0 if task.question == SLOW else 0.0)
+        script = [search("Karo Mil", thought=f"I wonder {SCRIPT}"), "no action", answer(f"It is {SCRIPT}")]
+        typed = search(["Karo Mil", SCRIPT, "never"], thought=f"I wonder {SCRIPT}")
+        num_typed = len(make_tokenizer().encode(typed.partition("never")[0]))
         runner = LocalEpisodeRunner(
-            policy=ScriptedPolicy([search("Karo Mil", thought=f"I wonder {SCRIPT}"), "no action", answer(f"It is {SCRIPT}")]),
+            policy=SpeakingPolicy([typed], stops_after=num_typed) if task.question == TYPED else ScriptedPolicy(script),
             toolbox=toolbox,
             judge=FakeJudge(),
             tokenizer=make_tokenizer(),
@@ -123,6 +127,23 @@ def test_cancel_ends_the_episode_itself(page, demo):
     page.wait_for("document.getElementById('status').textContent === 'cancelled'")
     assert demo.cancelled.wait(20)
     assert page.evaluate("document.getElementById('ask').hidden") is False
+
+
+def test_a_turn_appears_as_it_is_written_and_cancel_ends_it_in_its_middle(page, demo):
+    demo.cancelled.clear()
+    ask(page, TYPED)
+    page.wait_for("document.querySelector('.live .call')?.textContent.includes('hacked = 3')")
+    assert page.evaluate("document.querySelector('.live .think').textContent") == f"I wonder {SCRIPT}"
+    assert page.evaluate("document.querySelector('.live .call').textContent").startswith(f"search: Karo Mil | {SCRIPT}")
+    assert page.evaluate("document.querySelector('.live').getAttribute('aria-busy')") == "true"
+    assert page.evaluate("document.querySelectorAll('main script, img, svg, iframe, [onerror], [onload]').length") == 0
+    page.evaluate("document.getElementById('cancel').click()")
+    page.wait_for("document.getElementById('status').textContent === 'cancelled'")
+    assert demo.cancelled.wait(20)
+    assert page.evaluate("document.querySelectorAll('.turn').length - document.querySelectorAll('.live').length") == 1, (
+        "what was said stays"
+    )
+    assert page.evaluate("window.hacked") is None
 
 
 def test_a_closed_page_ends_the_episode(page, demo):

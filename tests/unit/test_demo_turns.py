@@ -8,6 +8,7 @@ import os
 import signal
 import string
 from contextlib import aclosing
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fakes import FakeJudge, FakeToolbox, ScriptedPolicy, answer, make_completion, make_tokenizer, search
+from tests.fakes import FakeJudge, FakeToolbox, ScriptedPolicy, SpeakingPolicy, answer, make_completion, make_tokenizer, search
 from webdancer.agent.actions import parse_action, render_action
 from webdancer.config import EpisodeConfig, PromptConfig, RewardConfig
 from webdancer.demo.server import MAX_BODY_BYTES, MAX_QUESTION_CHARS, build_app, listen
 from webdancer.demo.session import Answered, ask
-from webdancer.demo.turns import ShownTurn, Source, answer_sources, plain, shown_turn, web_address
+from webdancer.demo.turns import ShownTurn, Source, answer_sources, shown_turn, web_address
+from webdancer.demo.writing import Writing, plain
 from webdancer.errors import EngineFault, ServiceError
 from webdancer.rollout.runner import LocalEpisodeRunner
 from webdancer.runs import chat
@@ -37,9 +39,9 @@ def turn(text, result=None):
     return Turn(completion=make_completion(text), action=parse_action(text), result=result)
 
 
-def make_runner(script, reply=HITS, **settings):
+def make_runner(script, reply=HITS, *, policy=None, **settings):
     return LocalEpisodeRunner(
-        policy=ScriptedPolicy(script),
+        policy=policy or ScriptedPolicy(script),
         toolbox=FakeToolbox(reply, **settings),
         judge=FakeJudge(),
         tokenizer=make_tokenizer(),
@@ -138,6 +140,32 @@ def test_a_lost_episode_and_an_outage_end_with_a_reason():
     assert "no worker is left" in response.text
 
 
+def test_a_turn_is_told_while_it_is_written_and_again_when_it_is_finished():
+    policy = SpeakingPolicy([search(["Karo Mil", "x"], thought="Look it\nup 😀."), answer("Bana")])
+    told = asyncio.run(gather(make_runner([], policy=policy)))
+    kinds = [type(one) for one in told]
+    first, last = (place for place, kind in enumerate(kinds) if kind is ShownTurn)
+    assert set(kinds[:first]) == set(kinds[first + 1 : last]) == {Writing}
+    assert first > 10
+    assert "".join(one.thought for one in told[:first]) == told[first].thought == "Look it\nup 😀."
+    lines = [one.call for one in told[:first] if one.call]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(lines))
+    assert lines[-1] == told[first].call == "search: Karo Mil | x"
+    assert "".join(one.answer for one in told[first + 1 : last]) == told[last].answer == "Bana"
+    assert [place for place, one in enumerate(told[:-1]) if isinstance(one, Writing) and one.anew] == [0, first + 1]
+
+
+def test_who_stops_listening_in_the_middle_of_a_turn_ends_its_generation():
+    policy = SpeakingPolicy([search("x")], stops_after=5)
+
+    async def scenario():
+        async with aclosing(ask(make_runner([], policy=policy), "?", sampling=Sampling())) as told:
+            assert isinstance(await anext(told), Writing)
+
+    asyncio.run(scenario())
+    assert policy.cancelled
+
+
 def test_who_stops_listening_ends_the_episode():
     async def scenario():
         runner = make_runner([search("x"), search("y")], delay_s=60)
@@ -210,6 +238,34 @@ def test_chat_shows_turns_and_survives_the_end_of_input(monkeypatch):
     assert said[1].startswith("Look it up.\n> search: x\n    A Google search for 'x'")
     assert said[-1].startswith("=> Bana   [answered, 1 tool call, ")
     assert said[-1].endswith("\n   B (b): https://b.org/c_(d)")
+
+
+def test_chat_writes_a_turn_as_it_comes_and_says_what_came_of_it(monkeypatch):
+    lines = iter(["What is it?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    heard = []
+    policy = SpeakingPolicy([search(["x", "y"]), "just words", answer("Bana")])
+    writing = {"say": lambda text: heard.append(f"{text}\n"), "write": heard.append}
+    asyncio.run(chat.converse(make_runner([], policy=policy), sampling=Sampling(), site="http://s", **writing))
+    assert len(heard) > 30
+    shown = "".join(heard)
+    assert shown.startswith(
+        "Ask a question; Ctrl-C gives one up, an empty line ends.\nLook it up.\n> search: x | y\n    A Google search for"
+    )
+    assert "\njust words\n> neither a tool call nor an answer\n" in shown
+    assert "\nNow I know.\n=> Bana   [answered, 1 tool call, " in shown
+
+
+def test_a_terminal_is_only_added_to(capsys):
+    heard = []
+    screen = chat.Screen(lambda text: heard.append(f"{text}\n"), heard.append)
+    screen.show(Writing(thought="Look", anew=True))
+    screen.show(Writing(thought="Once", anew=True))  # on another worker
+    screen.show(Writing(call="map: {}"))
+    screen.show(Writing(call='map: {"at": 1}'))
+    screen.show(ShownTurn(thought="Once", call='map: {"at": 12}'))
+    screen.show(Answered(answer="Bana", stop="answered", num_tool_calls=1, seconds=1.0))
+    assert "".join(heard) == 'Look\nOnce\n> map: {}\nOnce\n> map: {"at": 12}\n=> Bana   [answered, 1 tool call, 1.0 s]\n'
 
 
 def test_chat_says_why_an_episode_was_lost():

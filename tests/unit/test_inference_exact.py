@@ -31,6 +31,7 @@ def test_ends(engine_and_model):
         await contract.check_stop_token(engine_and_model[0])
         await contract.check_limits(engine_and_model[0])
         await contract.check_cancel_frees_the_request(engine_and_model[0])
+        await contract.check_streaming(engine_and_model[0])
 
     asyncio.run(checks())
 

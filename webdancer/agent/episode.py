@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from webdancer.agent.actions import parse_action
 from webdancer.agent.prompt import TRUNCATED, correction_text, prompt_messages, response_message
+from webdancer.agent.spoken import turn_speaker
 from webdancer.agent.transcript import Transcript
 from webdancer.config import EpisodeConfig, PromptConfig
-from webdancer.interfaces import OnTurn, Policy, Tokenizer, Toolbox
+from webdancer.interfaces import OnText, OnTurn, Policy, StreamingPolicy, Tokenizer, Toolbox
 from webdancer.types import (
     Completion,
     FinalAnswer,
@@ -60,8 +61,10 @@ async def run_episode(
     attempt: int = 0,
     resume_from: Sequence[Turn] = (),
     on_turn: OnTurn | None = None,
+    on_text: OnText | None = None,
 ) -> Trajectory:
-    """Run to the end, whatever end. `on_turn` hears of each new turn, not of the resumed ones.
+    """Run to the end, whatever end. `on_turn` hears of each new turn, not of the resumed ones, and `on_text` of their text as it is
+    written, where the policy is a StreamingPolicy.
 
     Raises errors.EngineFault from the policy: its worker hands the episode on, with the turns that `on_turn` reported.
     """
@@ -76,6 +79,7 @@ async def run_episode(
         member=member,
         attempt=attempt,
         on_turn=on_turn,
+        on_text=on_text,
         transcript=Transcript(tokenizer, prompt_messages(task, prompt)),
         known=deque(resume_from),
     )
@@ -109,6 +113,7 @@ class _Episode:
     member: int
     attempt: int
     on_turn: OnTurn | None
+    on_text: OnText | None
     transcript: Transcript
     known: deque[Turn]
     turns: list[Turn] = field(default_factory=list)
@@ -192,12 +197,11 @@ class _Episode:
             self.turns.append(self.waiting)
 
     async def _complete(self, room: int) -> Completion:
-        return await self.policy.complete(
-            self.transcript.token_ids,
-            sampling=self.sampling,
-            max_tokens=min(self.limits.max_turn_tokens, room - 1),  # one is kept for an <|im_end|> that is not sampled
-            session=self.id,
-        )
+        prompt_ids, max_tokens = self.transcript.token_ids, min(self.limits.max_turn_tokens, room - 1)  # one for an unsampled <|im_end|>
+        if self.on_text is not None and isinstance(self.policy, StreamingPolicy):
+            on_tokens = turn_speaker(self.tokenizer, self.on_text, index=len(self.turns))
+            return await self.policy.stream(prompt_ids, sampling=self.sampling, max_tokens=max_tokens, session=self.id, on_tokens=on_tokens)
+        return await self.policy.complete(prompt_ids, sampling=self.sampling, max_tokens=max_tokens, session=self.id)
 
     async def _call(self, call: ToolCall) -> ToolResult:
         started = time.perf_counter()

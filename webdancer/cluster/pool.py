@@ -26,7 +26,7 @@ from webdancer.cluster.calls import ActorLost, answer, kill
 from webdancer.cluster.worker import WorkerReport
 from webdancer.errors import EngineFault, StalledError, WebDancerError
 from webdancer.rollout.watch import Waiting
-from webdancer.types import TurnFinished
+from webdancer.types import TurnNews
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ SLEEP_TIMEOUT_S = 60.0
 MAX_FAULTS = 2
 """Episodes in a row that a worker's engine failed; one alone may be an aborted request, more are the engine."""
 
-TurnListener = Callable[[TurnFinished], None]
+TurnListener = Callable[[TurnNews], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -219,7 +219,7 @@ class WorkerPool:
             self._listeners[run] = listener
         return run
 
-    def forget(self, run: int, last_turns: Sequence[TurnFinished] = ()) -> None:
+    def forget(self, run: int, last_turns: Sequence[TurnNews] = ()) -> None:
         for finished in last_turns:
             self._deliver(run, finished)
         self._listeners.pop(run, None)
@@ -378,10 +378,10 @@ class WorkerPool:
         task = asyncio.current_task()
         self._starting = [one for one in self._starting if one is not task]
 
-    def _deliver(self, run: int, finished: TurnFinished) -> None:
+    def _deliver(self, run: int, news: TurnNews) -> None:
         listener = self._listeners.get(run)
         if listener is not None:
-            listener(finished)
+            listener(news)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error

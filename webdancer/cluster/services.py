@@ -13,10 +13,10 @@ import ray
 from numpy.typing import NDArray
 
 from webdancer.cluster.calls import ActorLost, answer, answers
-from webdancer.cluster.pool import PooledWorker, WorkerPool
+from webdancer.cluster.pool import PooledWorker, TurnListener, WorkerPool
 from webdancer.cluster.worker import EpisodeEnd
 from webdancer.errors import EngineFault, StalledError
-from webdancer.interfaces import OnTurn
+from webdancer.interfaces import OnText, OnTurn
 from webdancer.rewards.chat import ChatRefused
 from webdancer.rewards.judge import verdict_key
 from webdancer.rollout.watch import described
@@ -35,7 +35,8 @@ from webdancer.types import (
     TrainBatch,
     TrainingPhase,
     Turn,
-    TurnFinished,
+    TurnNews,
+    TurnText,
     Verdict,
 )
 
@@ -59,18 +60,25 @@ class RemoteRunner:
         sampling: Sampling,
         resume_from: tuple[Turn, ...] = (),
         on_turn: OnTurn | None = None,
+        on_text: OnText | None = None,
     ) -> ScoredTrajectory | EpisodeLost:
         """Waits for a place on a worker first."""
         turns = list(resume_from)
 
-        def record(finished: TurnFinished) -> None:
-            if finished.index == len(turns):
-                turns.append(finished.turn)
+        def hear(news: TurnNews) -> None:
+            if isinstance(news, TurnText):
+                if on_text is not None:
+                    on_text(news)
+                return
+            if news.index == len(turns):
+                turns.append(news.turn)
             if on_turn is not None:
-                on_turn(finished)
+                on_turn(news)
 
+        streaming = {} if on_text is None else {"streams": True}
         while True:
-            end = await self._run_on_one(task, record, member=member, attempt=attempt, sampling=sampling, resume_from=tuple(turns))
+            settings = {"member": member, "attempt": attempt, "sampling": sampling, "resume_from": tuple(turns), **streaming}
+            end = await self._run_on_one(task, hear, **settings)
             if not end.moved:
                 return end.outcome
 
@@ -79,10 +87,10 @@ class RemoteRunner:
         waiting = f"{self._pool.num_waiting} wait for a place on a worker"
         return ", ".join(filter(None, [described({worker.name: worker.activity for worker in self._pool.workers}), waiting]))
 
-    async def _run_on_one(self, task: Task, on_turn: OnTurn, **settings: Any) -> EpisodeEnd:
+    async def _run_on_one(self, task: Task, hear: TurnListener, **settings: Any) -> EpisodeEnd:
         group = (task.id, settings["attempt"])
         worker = await self._pool.acquire(group)
-        run = self._pool.listen(on_turn)
+        run = self._pool.listen(hear)
         try:
             end: EpisodeEnd = await unless_gone(worker, worker.handle.run_episode.remote(run, task, **settings), timeout_s=self._timeout_s)
             self._pool.forget(run, end.turns)

@@ -25,7 +25,7 @@ from webdancer.errors import EngineFault
 from webdancer.inference.concurrency import INTERVAL_S, Concurrency, EngineLoad
 from webdancer.interfaces import Judge, Policy, Tokenizer, Toolbox
 from webdancer.rollout.watch import Activity, GuardedPolicy, Waiting, WatchedJudge, WatchedToolbox
-from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Turn, TurnFinished
+from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Turn, TurnNews
 
 BATCH_TURNS_S = 0.08
 """Turns that finish within this time, for each episode in flight, travel together: one episode alone is told of at once, and of dozens the
@@ -97,7 +97,7 @@ class WorkerReport:
 
     capacity: episodes that the worker can have in flight, by its engine's load; 0: it does not say."""
 
-    turns: Sequence[tuple[int, TurnFinished]]
+    turns: Sequence[tuple[int, TurnNews]]
     broken: str | None
     activity: Mapping[str, Waiting]
     capacity: int = 0
@@ -108,7 +108,7 @@ class EpisodeEnd:
     """How a run ended, with the turns that no report has carried yet. `moved`: nothing was lost, the worker is to leave."""
 
     outcome: ScoredTrajectory | EpisodeLost
-    turns: Sequence[TurnFinished]
+    turns: Sequence[TurnNews]
     moved: bool = False
 
 
@@ -123,7 +123,8 @@ class RolloutWorker:
         self._toolbox = toolbox
         self._judge = judge
         self._make_engine = make_engine
-        self._turns: defaultdict[int, list[TurnFinished]] = defaultdict(list)
+        self._turns: defaultdict[int, list[TurnNews]] = defaultdict(list)
+        self._num_streams = 0
         self._news = asyncio.Event()
         self._urgent = asyncio.Event()
         self._concurrency = Concurrency(spec.engine.max_num_seqs) if adapts else None
@@ -162,20 +163,28 @@ class RolloutWorker:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def run_episode(
-        self, run: int, task: Task, *, member: int, attempt: int, sampling: Sampling, resume_from: tuple[Turn, ...]
+        self, run: int, task: Task, *, member: int, attempt: int, sampling: Sampling, resume_from: tuple[Turn, ...], streams: bool = False
     ) -> EpisodeEnd:
-        """`run` is the driver's number for this run of the episode; its turns are reported under it."""
+        """`run` is the driver's number for this run of the episode; its turns are reported under it, with `streams` also their text."""
 
-        def on_turn(finished: TurnFinished) -> None:
-            self._turns[run].append(finished)
+        def tell(news: TurnNews) -> None:
+            self._turns[run].append(news)
             self._news.set()
 
         self._runs.add(run)
+        self._num_streams += streams
         try:
             outcome = await self._runner.run(
-                task, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn
+                task,
+                member=member,
+                attempt=attempt,
+                sampling=sampling,
+                resume_from=resume_from,
+                on_turn=tell,
+                on_text=tell if streams else None,
             )
         finally:
+            self._num_streams -= streams
             unreported = self._turns.pop(run, [])
             self._runs.discard(run)
             self._idle.set()
@@ -194,7 +203,7 @@ class RolloutWorker:
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._news.wait()
-                async with asyncio.timeout(BATCH_TURNS_S * len(self._runs)):
+                async with asyncio.timeout(BATCH_TURNS_S * (1 if self._num_streams else len(self._runs))):
                     await self._urgent.wait()
         self._news.clear()
         self._urgent.clear()

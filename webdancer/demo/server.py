@@ -1,7 +1,8 @@
-"""`webdancer demo`: one page that puts questions to the agent and shows its thoughts, tool calls and sources turn by turn.
+"""`webdancer demo`: one page that puts questions to the agent and shows its thoughts, tool calls and sources as they come.
 
     GET  /             the page; /demo.js, /demo.css and /about beside it
-    POST /ask          {"question": "..."} -> text/event-stream of `turn` events and one `end` (webdancer.demo.turns, .session)
+    POST /ask          {"question": "..."} -> text/event-stream: of each turn `writing` while it is written and `turn` when it is
+                       finished, and one `end` (webdancer.demo.writing, .turns, .session)
 
 Hanging up ends the episode: the cancel button, a closed tab and a lost connection are one thing.
 
@@ -21,8 +22,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from webdancer.demo.session import ask
-from webdancer.demo.turns import ShownTurn, plain
+from webdancer.demo.session import Answered, ask
+from webdancer.demo.turns import ShownTurn
+from webdancer.demo.writing import Writing, plain
 from webdancer.errors import ServiceError, WebDancerError
 from webdancer.interfaces import EpisodeRunner
 from webdancer.types import Sampling
@@ -45,6 +47,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
+_NAMES: Mapping[type, str] = {Writing: "writing", ShownTurn: "turn", Answered: "end"}
 _PAGE = {"/": ("index.html", "text/html"), "/demo.js": ("demo.js", "text/javascript"), "/demo.css": ("demo.css", "text/css")}
 
 
@@ -144,7 +147,7 @@ async def _events(runner: EpisodeRunner, question: str, *, sampling: Sampling, s
     async with aclosing(ask(runner, question, sampling=sampling, site=site)) as told:
         try:
             async for one in told:
-                yield _event("turn" if isinstance(one, ShownTurn) else "end", asdict(one))
+                yield _event(_NAMES[type(one)], asdict(one))
         except WebDancerError as error:  # of the services: whoever asks is told, and the next question may fare better
             yield _event("end", {"answer": None, "stop": "failed", "problem": plain(str(error)), "sources": []})
 

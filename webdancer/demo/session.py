@@ -1,4 +1,4 @@
-"""One question put to the agent: an episode whose turns can be watched, and which ends when nobody watches any more."""
+"""One question put to the agent: an episode that can be watched while it is written, and which ends when nobody watches any more."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from webdancer.demo.turns import ShownTurn, Source, answer_sources, plain, shown_turn
+from webdancer.demo.turns import ShownTurn, Source, answer_sources, shown_turn
+from webdancer.demo.writing import LiveTurn, Writing, plain
 from webdancer.interfaces import EpisodeRunner
-from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, TurnFinished
+from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, TurnNews, TurnText
 
 _numbers = itertools.count()
 
@@ -27,17 +28,27 @@ class Answered:
     problem: str = ""
 
 
-async def ask(runner: EpisodeRunner, question: str, *, sampling: Sampling, site: str = "") -> AsyncGenerator[ShownTurn | Answered]:
-    """The turns as they finish, then how it ended. Closing the iterator, or cancelling who waits for it, ends the episode."""
-    told: asyncio.Queue[TurnFinished | None] = asyncio.Queue()
+async def ask(
+    runner: EpisodeRunner, question: str, *, sampling: Sampling, site: str = ""
+) -> AsyncGenerator[Writing | ShownTurn | Answered]:
+    """Each turn as it is written, where the engine can be listened to, and when it is finished; then how the episode ended. Closing the
+    iterator, or cancelling who waits for it, ends the episode, in the middle of a turn as well."""
+    told: asyncio.Queue[TurnNews | None] = asyncio.Queue()
     task = Task(id=f"question-{next(_numbers)}", question=question, answers=())
     started = time.monotonic()
-    running = asyncio.ensure_future(runner.run(task, member=0, attempt=0, sampling=sampling, on_turn=told.put_nowait))
+    running = asyncio.ensure_future(
+        runner.run(task, member=0, attempt=0, sampling=sampling, on_turn=told.put_nowait, on_text=told.put_nowait)
+    )
     running.add_done_callback(lambda _: told.put_nowait(None))  # a runner tells of every turn before it ends
     shown: list[ShownTurn] = []
+    live = LiveTurn()
     try:
-        while (finished := await told.get()) is not None:
-            shown.append(shown_turn(finished.turn, site=site))
+        while (news := await told.get()) is not None:
+            if isinstance(news, TurnText):
+                if (writing := live.add(news)) is not None:
+                    yield writing
+                continue
+            shown.append(shown_turn(news.turn, site=site))
             yield shown[-1]
         yield _answered(running.result(), shown, seconds=time.monotonic() - started)
     finally:

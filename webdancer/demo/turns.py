@@ -6,20 +6,17 @@ are http or https; escaping for HTML is the page's own, which sets text only as 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-from webdancer.agent.actions import Outline, outline, strip_end_of_turn
+from webdancer.demo.writing import call_line, parts, plain, strings
 from webdancer.types import FinalAnswer, MalformedAction, ToolCall, Turn
 
 MAX_URL_CHARS = 2_000
 
 _HIT = re.compile(r"^\d+\. \[(.*)\]\((\S+)\)$", re.MULTILINE)
-# C0 and C1 but newline and tab, the marks that turn text around, and halves of surrogate pairs.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +43,7 @@ class ShownTurn:
 
 def shown_turn(turn: Turn, *, site: str = "") -> ShownTurn:
     """`site`: the origin that site-relative addresses belong to."""
-    found = outline(turn.completion.text)
-    thought = _thought(found, turn.completion.text)
+    thought = parts(turn.completion.text).thought
     result = turn.result
     observation = plain(result.text) if result is not None else ""
     match turn.action:
@@ -59,7 +55,7 @@ def shown_turn(turn: Turn, *, site: str = "") -> ShownTurn:
             error = (result.error or "") if result is not None else ""
             sources = _sources(call, result.text if result is not None and not error else "", site)
             return ShownTurn(
-                thought=thought, call=_call_line(call), observation=observation, error=error, sources=sources, visited=call.name == "visit"
+                thought=thought, call=call_line(call), observation=observation, error=error, sources=sources, visited=call.name == "visit"
             )
 
 
@@ -71,14 +67,9 @@ def answer_sources(turns: Iterable[ShownTurn]) -> tuple[Source, ...]:
     return read or tuple(found.values())
 
 
-def plain(text: str) -> str:
-    """Text that writes nothing but itself: control characters and marks that reorder text are replaced."""
-    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
-
-
 def web_address(url: str, *, site: str = "") -> str | None:
     """The absolute address if it is one that a browser may be sent to (http or https, with a host), else None."""
-    if len(url) > MAX_URL_CHARS or _CONTROL.search(url) or any(character.isspace() for character in url):
+    if len(url) > MAX_URL_CHARS or plain(url) != url or any(character.isspace() for character in url):
         return None
     try:
         absolute = urljoin(site, url) if site else url
@@ -89,31 +80,13 @@ def web_address(url: str, *, site: str = "") -> str | None:
     return absolute if parts.scheme in ("http", "https") and has_host else None
 
 
-def _thought(found: Outline, text: str) -> str:
-    thoughts = [block.body.strip() for block in found.blocks if block.kind == "think"]
-    if thoughts:
-        return plain("\n".join(thoughts))
-    return plain(strip_end_of_turn(text)) if not found.blocks else ""
-
-
-def _call_line(call: ToolCall) -> str:
-    """`search: a | b`, `visit: url (goal)`, any other tool with its arguments as JSON."""
-    arguments = dict(call.arguments)
-    if call.name == "search":
-        return plain(f"search: {' | '.join(_strings(arguments.get('query')))}")
-    if call.name == "visit":
-        goal = arguments.get("goal")
-        return plain(f"visit: {' | '.join(_strings(arguments.get('url')))}" + (f" ({goal})" if goal else ""))
-    return plain(f"{call.name}: {json.dumps(arguments, ensure_ascii=False)}")
-
-
 def _sources(call: ToolCall, observation: str, site: str) -> tuple[Source, ...]:
     if not observation:
         return ()
     if call.name == "search":
         named = [(match[1], match[2]) for match in _HIT.finditer(observation)]
     else:
-        named = [("", url) for url in _strings(call.arguments.get("url"))] if call.name == "visit" else []
+        named = [("", url) for url in strings(call.arguments.get("url"))] if call.name == "visit" else []
     checked = [(title, web_address(url, site=site)) for title, url in named]
     return _once(Source(title=plain(title) or url, url=url) for title, url in checked if url is not None)
 
@@ -124,9 +97,3 @@ def _once(sources: Iterable[Source]) -> tuple[Source, ...]:
     for source in sources:
         found.setdefault(source.url, source)
     return tuple(found.values())
-
-
-def _strings(value: object) -> Sequence[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from webdancer.errors import EngineFault
+from webdancer.interfaces import OnTokens
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -45,8 +46,11 @@ class Core(Protocol):
 
     async def start(self) -> None: ...
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "") -> RequestOutput:
-        """The finished request. Keys and values are shared among requests of one `salt` only.
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "", on_tokens: OnTokens | None = None
+    ) -> RequestOutput:
+        """The finished request. Keys and values are shared among requests of one `salt` only. `on_tokens` hears of all ids, for `params`
+        of cumulative outputs.
 
         Raises EngineFault when the engine fails; a cancelled caller aborts its request.
         """
@@ -89,6 +93,7 @@ class InProcessCore:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Used on the event loop only: requests by id, and calls that the engine's thread has not answered.
         self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
+        self._listeners: dict[str, _NewTokens] = {}
         self._pending: set[asyncio.Future[Any]] = set()
         self.fault: str | None = None
         self._paused = False
@@ -103,12 +108,16 @@ class InProcessCore:
         self._thread.start()
         await self._call(self._build)
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "") -> RequestOutput:
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "", on_tokens: OnTokens | None = None
+    ) -> RequestOutput:
         from vllm.inputs import tokens_input
 
         assert self._loop is not None
         finished: asyncio.Future[RequestOutput] = self._loop.create_future()
         self._waiting[request_id] = finished
+        if on_tokens is not None:
+            self._listeners[request_id] = _NewTokens(on_tokens)
         prompt = tokens_input(list(prompt_ids), cache_salt=salt or None)
         try:
             await self._call(lambda: self._engine.add_request(request_id, prompt, params))
@@ -118,6 +127,7 @@ class InProcessCore:
             raise
         finally:
             self._waiting.pop(request_id, None)
+            self._listeners.pop(request_id, None)
 
     async def pause(self, *, clear: bool) -> None:
         def freeze() -> None:
@@ -191,13 +201,14 @@ class InProcessCore:
             if self._engine is None or self._paused or self.fault is not None:
                 continue
             try:
-                finished = [output for output in self._engine.step() if output.finished]
+                outputs = self._engine.step()  # of unfinished requests only where somebody listens
             except Exception as error:  # whatever broke the engine: every request is queued again elsewhere
                 self._post(self._break, f"the engine failed: {type(error).__name__}: {error}")
                 self._shut_down()
                 return
-            if finished:
-                self._post(self._deliver, finished)
+            if outputs:
+                # The ids so far are the engine's own list, which grows with its next step: their number belongs to this one.
+                self._post(self._deliver, [(output, len(output.outputs[0].token_ids)) for output in outputs])
 
     def _build(self) -> None:
         import torch
@@ -236,9 +247,11 @@ class InProcessCore:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(function, *args)
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            future = self._waiting.pop(output.request_id, None)
+    def _deliver(self, outputs: list[tuple[RequestOutput, int]]) -> None:
+        for output, num_tokens in outputs:
+            if (listener := self._listeners.get(output.request_id)) is not None:
+                listener.hear(output.outputs[0].token_ids[:num_tokens])
+            future = self._waiting.pop(output.request_id, None) if output.finished else None
             if future is not None:
                 _resolve(future, output)
 
@@ -283,20 +296,24 @@ class ProcessCore:
         # The output handler must live on this loop, so the constructor runs here and blocks it while the processes start.
         self._engine = AsyncLLM.from_engine_args(self._args, stat_loggers=[Recorder])
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "") -> RequestOutput:
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, *, salt: str = "", on_tokens: OnTokens | None = None
+    ) -> RequestOutput:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        outputs: list[RequestOutput] = []
+        last: RequestOutput | None = None
+        listener = _NewTokens(on_tokens) if on_tokens is not None else None
         try:
             prompt = tokens_input(list(prompt_ids), cache_salt=salt or None)
-            async for output in self._engine.generate(prompt, params, request_id):
-                outputs.append(output)  # one only: params ask for the final output
+            async for last in self._engine.generate(prompt, params, request_id):
+                if listener is not None:
+                    listener.hear(last.outputs[0].token_ids)
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineFault(f"the engine failed: {error}") from error
-        if not outputs:
+        if last is None:
             raise EngineFault(f"request {request_id} ended without an output")
-        return outputs[-1]
+        return last
 
     async def pause(self, *, clear: bool) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=clear)
@@ -338,6 +355,19 @@ class ProcessCore:
         if engine is not None:
             engine.output_processor.propagate_error(EngineFault("the engine was stopped"))
             await asyncio.to_thread(engine.shutdown)
+
+
+class _NewTokens:
+    """Of outputs that hold all ids so far, those that are new."""
+
+    def __init__(self, on_tokens: OnTokens) -> None:
+        self._on_tokens = on_tokens
+        self._num_told = 0
+
+    def hear(self, token_ids: Sequence[int]) -> None:
+        if new := list(token_ids[self._num_told :]):
+            self._num_told = len(token_ids)
+            self._on_tokens(new)
 
 
 def _resolve(future: asyncio.Future[T], result: T) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from webdancer.config import EngineConfig
 from webdancer.errors import EngineFault
 from webdancer.inference.manifest import read_verified
-from webdancer.interfaces import Tokenizer
+from webdancer.interfaces import OnTokens, Tokenizer
 from webdancer.types import Completion, FinishReason, Sampling, VersionSpan
 
 if TYPE_CHECKING:
@@ -93,10 +93,21 @@ class VllmEngine:
 
         Raises EngineFault when the engine aborted or failed, ValueError when the prompt leaves no room.
         """
+        return await self._complete(prompt_ids, sampling, max_tokens, session, None)
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion:
+        """`complete` that tells of the ids as they are sampled. Who is cancelled meanwhile ends the generation."""
+        return await self._complete(prompt_ids, sampling, max_tokens, session, on_tokens)
+
+    async def _complete(
+        self, prompt_ids: Sequence[int], sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens | None
+    ) -> Completion:
         if not 0 < len(prompt_ids) < self._max_model_len:
             raise ValueError(f"prompt_ids: must be 1 to {self._max_model_len - 1} tokens, got {len(prompt_ids)}")
-        params = _sampling_params(sampling, max_tokens, eos_id=self._tokenizer.eos_id)
-        output = await self._generate(prompt_ids, params, session, salt=self._salt(session))
+        params = _sampling_params(sampling, max_tokens, eos_id=self._tokenizer.eos_id, streams=on_tokens is not None)
+        output = await self._generate(prompt_ids, params, session, salt=self._salt(session), on_tokens=on_tokens)
         self._counts["requests"] += 1
         self._counts["prompt_tokens"] += len(prompt_ids)
         self._counts["cached_tokens"] += output.num_cached_tokens or 0
@@ -233,10 +244,12 @@ class VllmEngine:
             self._first_versions.popitem(last=False)
         return str(first)
 
-    async def _generate(self, prompt_ids: Sequence[int], params: SamplingParams, session: str, *, salt: str = "") -> RequestOutput:
+    async def _generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, session: str, *, salt: str = "", on_tokens: OnTokens | None = None
+    ) -> RequestOutput:
         core = self._ready()
         try:
-            return await core.generate(prompt_ids, params, f"{session}.{next(self._requests)}", salt=salt)
+            return await core.generate(prompt_ids, params, f"{session}.{next(self._requests)}", salt=salt, on_tokens=on_tokens)
         except EngineFault:
             self.broken = self.broken or core.fault
             raise
@@ -337,7 +350,7 @@ def _engine_args(config: EngineConfig, model_path: str, *, dtype: Any, max_model
     )
 
 
-def _sampling_params(sampling: Sampling, max_tokens: int, *, eos_id: int) -> SamplingParams:
+def _sampling_params(sampling: Sampling, max_tokens: int, *, eos_id: int, streams: bool) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
@@ -352,7 +365,7 @@ def _sampling_params(sampling: Sampling, max_tokens: int, *, eos_id: int) -> Sam
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,  # either way the last one is whole
     )
 
 

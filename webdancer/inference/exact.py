@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from webdancer.errors import EngineFault
 from webdancer.inference.checksum import check, checksum, numbers
 from webdancer.inference.manifest import read_manifest, read_verified
-from webdancer.interfaces import Tokenizer
+from webdancer.interfaces import OnTokens, Tokenizer
 from webdancer.types import Completion, FinishReason, Sampling, VersionSpan
 
 
@@ -84,6 +84,11 @@ class ExactEngine:
         self._model = model.eval().requires_grad_(False)
 
     async def complete(self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str) -> Completion:
+        return await self.stream(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session, on_tokens=lambda token_ids: None)
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion:
         if not 0 < len(prompt_ids) < self._max_model_len:
             raise ValueError(f"prompt_ids: must be 1 to {self._max_model_len - 1} tokens, got {len(prompt_ids)}")
         budget = min(max_tokens, self._max_model_len - len(prompt_ids))
@@ -94,6 +99,7 @@ class ExactEngine:
             for _ in range(budget):
                 await self._moving.wait()
                 self._sample(request, sampling)
+                on_tokens(request.token_ids[-1:])
                 await asyncio.sleep(0)
                 if request.token_ids[-1] == self._tokenizer.eos_id:
                     finish = "stop"

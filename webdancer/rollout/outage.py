@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from webdancer.errors import ServiceError
-from webdancer.interfaces import EpisodeRunner, OnTurn, Staged
+from webdancer.interfaces import EpisodeRunner, OnText, OnTurn, Staged
 from webdancer.rewards.judge import unpaid
 from webdancer.tools.ledger import out_of_money
 from webdancer.tools.result import BUDGET_SPENT
@@ -34,8 +34,12 @@ class OutageGuard:
         sampling: Sampling,
         resume_from: tuple[Turn, ...] = (),
         on_turn: OnTurn | None = None,
+        on_text: OnText | None = None,
     ) -> ScoredTrajectory | EpisodeLost:
-        outcome = await self._runner.run(task, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn)
+        listening = {} if on_text is None else {"on_text": on_text}
+        outcome = await self._runner.run(
+            task, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn, **listening
+        )
         if isinstance(outcome, ScoredTrajectory) and _is_out_of_money(outcome):
             raise out_of_money()
         if isinstance(outcome, ScoredTrajectory) and task.answers:  # without an answer to compare with, no judge can decide

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from webdancer.agent.episode import EPISODE_ERRORS, run_episode
 from webdancer.config import EpisodeConfig, PromptConfig, RewardConfig
 from webdancer.errors import EngineFault
-from webdancer.interfaces import Judge, OnTurn, Policy, Tokenizer, Toolbox
+from webdancer.interfaces import Judge, OnText, OnTurn, Policy, Tokenizer, Toolbox
 from webdancer.rewards.reward import outage, trajectory_reward
 from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Trajectory, Turn, Verdict
 
@@ -80,6 +80,7 @@ class LocalEpisodeRunner:
         sampling: Sampling,
         resume_from: tuple[Turn, ...] = (),
         on_turn: OnTurn | None = None,
+        on_text: OnText | None = None,
     ) -> ScoredTrajectory | EpisodeLost:
         """EpisodeLost when the engine failed: the episode can go on elsewhere from the turns that `on_turn` reported."""
         try:
@@ -95,6 +96,7 @@ class LocalEpisodeRunner:
                 attempt=attempt,
                 resume_from=resume_from,
                 on_turn=on_turn,
+                on_text=on_text,
             )
         except EngineFault as error:
             return EpisodeLost(task_id=task.id, member=member, attempt=attempt, reason=str(error))

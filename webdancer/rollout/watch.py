@@ -9,12 +9,13 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from webdancer.errors import EngineFault
-from webdancer.interfaces import Judge, Policy, Toolbox
+from webdancer.interfaces import Judge, OnTokens, Policy, StreamingPolicy, Toolbox
 from webdancer.types import Completion, Sampling, Task, ToolCall, ToolResult, Verdict
 
 MAX_LOGPROB = 1e-3
@@ -76,13 +77,27 @@ class GuardedPolicy:
         self.leaving = ""
 
     async def complete(self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str) -> Completion:
+        generating = self._policy.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
+        return await self._guarded(generating, max_tokens=max_tokens)
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion:
+        """`complete` alone where the engine cannot be listened to."""
+        if not isinstance(self._policy, StreamingPolicy):
+            return await self.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
+        generating = self._policy.stream(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session, on_tokens=on_tokens)
+        return await self._guarded(generating, max_tokens=max_tokens)
+
+    async def _guarded(self, generating: Coroutine[Any, Any, Completion], *, max_tokens: int) -> Completion:
         if self.leaving:
+            generating.close()
             raise EngineFault(self.leaving)
         deadline = asyncio.timeout(self._timeout_s)
         try:
             with self._activity.during("generate"):
                 async with deadline:
-                    completion = await self._policy.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
+                    completion = await generating
         except TimeoutError:
             if not deadline.expired():
                 raise

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from webdancer.agent.prompt import RETRIEVED
 from webdancer.config import Config
-from webdancer.interfaces import EpisodeRunner, OnTurn, Services, Toolbox
+from webdancer.interfaces import EpisodeRunner, OnText, OnTurn, Services, Toolbox
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS
 from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, ToolCall, Turn
 
@@ -48,10 +48,14 @@ class SearchFirst:
         sampling: Sampling,
         resume_from: tuple[Turn, ...] = (),
         on_turn: OnTurn | None = None,
+        on_text: OnText | None = None,
     ) -> ScoredTrajectory | EpisodeLost:
         """EpisodeLost where the search is down: without it the episode would be another method's."""
         found = await self._toolbox.call(ToolCall(name="search", arguments={"query": [task.question]}))
         if found.error in INFRASTRUCTURE_ERRORS:
             return EpisodeLost(task_id=task.id, member=member, attempt=attempt, reason=f"search: {found.error}: {found.text[:200]}")
         shown = replace(task, metadata={**task.metadata, RETRIEVED: found.text})
-        return await self._runner.run(shown, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn)
+        listening = {} if on_text is None else {"on_text": on_text}
+        return await self._runner.run(
+            shown, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn, **listening
+        )

@@ -66,6 +66,10 @@ class Console:
         else:
             print(text, file=self._stream, flush=True)
 
+    def write(self, text: str) -> None:
+        """Text that goes on where the last one ended. Not while a bar is open."""
+        print(text, end="", file=self._stream, flush=True)
+
     def progress(self, name: str, *, total: int, start: int = 0) -> Progress:
         show, hide = (self._show_bar, self._hide_bar) if self._interactive else (self._show_line, self._hide_line)
         return Progress(show, hide, name, total, start)

@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 let asking = null; // the AbortController of the question in flight
+let live = null; // the turn that is being written: its <li>, and the paragraphs in it by class
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -37,6 +38,36 @@ function list(sources, into) {
   }
 }
 
+function beginLive() {
+  if (live) live.item.remove();
+  live = { item: element("li", "turn live"), paragraphs: {} };
+  live.item.setAttribute("aria-busy", "true");
+  $("turns").append(live.item);
+}
+
+function endLive() {
+  if (!live) return;
+  live.item.classList.remove("live");
+  live.item.removeAttribute("aria-busy");
+  live = null;
+}
+
+function livePart(className) {
+  if (!live.paragraphs[className]) {
+    live.paragraphs[className] = element("p", className);
+    live.item.append(live.paragraphs[className]);
+  }
+  return live.paragraphs[className];
+}
+
+// Thought and answer go on where they were; the call is the whole line so far. Strings are appended as text nodes.
+function showWriting(told) {
+  if (told.anew || !live) beginLive();
+  if (told.thought) livePart("think").append(told.thought);
+  if (told.call) livePart("call").textContent = told.call;
+  if (told.answer) livePart("answered").append(told.answer);
+}
+
 function showTurn(turn) {
   const item = element("li", "turn");
   if (turn.thought) item.append(element("p", "think", turn.thought));
@@ -54,7 +85,9 @@ function showTurn(turn) {
     item.append(seen);
   }
   if (turn.answer !== null) item.append(element("p", "answered", turn.answer));
-  $("turns").append(item);
+  if (live) live.item.replaceWith(item);
+  else $("turns").append(item);
+  live = null;
 }
 
 function showEnd(end) {
@@ -91,7 +124,8 @@ async function follow(body) {
         showEnd(told);
         return true;
       }
-      showTurn(told);
+      if (event === "event: writing") showWriting(told);
+      else showTurn(told);
     }
   }
 }
@@ -118,6 +152,7 @@ async function ask(question) {
     else status(`No connection: ${error.message}`, "failed");
   } finally {
     asking = null;
+    endLive();
     $("ask").hidden = false;
     $("cancel").hidden = true;
   }
