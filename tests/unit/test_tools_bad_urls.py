@@ -92,7 +92,7 @@ SERVED = {
     # statuses
     "gone": (response("gone", status=410), "not_found"),
     "forbidden": (response("no", status=403), "http_error"),
-    "error": (response("no", status=500), "http_error"),
+    "error": (response("no", status=500), "unreachable"),
     "no content": (raw(b"HTTP/1.1 204 No Content\r\n\r\n"), "empty_page"),
     "empty": (response(""), "empty_page"),
     # bombs and encodings

@@ -11,7 +11,7 @@ from tests.hostile_server import endless, hostile_server, raw, response
 from tests.pdf_files import make_pdf
 from webdancer.config import FetchConfig, PoliteConfig, SearchConfig, ToolsConfig, VisitConfig
 from webdancer.errors import ConfigError, ServiceError
-from webdancer.tools import keys
+from webdancer.tools import keys, network
 from webdancer.tools.render import SEPARATOR
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS
 from webdancer.tools.toolbox import WebToolbox
@@ -23,6 +23,16 @@ CONTENT = "# Karo Mil\n\nKaro Mil is a person.\n\nschool: Bana School."
 OBSERVATION = """The useful information in {url} for user goal school as follows: \n
 Evidence in page: \nKaro Mil is a person.\nschool: Bana School.\n
 Summary: \nschool: Bana School.\n\n"""
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch):
+    """No test asks a real resolver."""
+
+    async def resolve(host):
+        return {"e.example": ["93.184.216.34"], "inside.nip.io": ["169.254.169.254"], "mixed.org": ["93.184.216.34", "10.0.0.1"]}[host]
+
+    monkeypatch.setattr(network, "resolve_name", resolve)
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +88,13 @@ async def test_the_reader_service_works_without_a_key(monkeypatch):
     assert "authorization" not in server.requests[0].lower()
 
 
+async def test_a_reader_of_ones_own_is_not_sent_inside_by_a_name():
+    async with _visiting("jina", {"/": _jina()}) as (visit, server):
+        codes = [(await visit(f"http://{host}/latest/meta-data")).error for host in ("inside.nip.io", "mixed.org", "nowhere.org")]
+    assert codes == ["private_address", "private_address", "dns_failure"]
+    assert not server.requests
+
+
 async def test_private_addresses_are_not_told_to_a_reader_service():
     async with _visiting("jina", {"/": _jina()}) as (visit, server):
         results = [await visit(url) for url in ("http://10.0.0.1/", "http://wiki.corp/", "file:///etc/passwd", "http://u:p@e.example/")]
@@ -90,6 +107,7 @@ async def test_private_addresses_are_not_told_to_a_reader_service():
     [
         (_jina(warning="Target URL returned error 404: Not Found"), "not_found"),
         (_jina(warning="Target URL returned error 403: Forbidden"), "http_error"),
+        (_jina(warning="Target URL returned error 503: Service Unavailable"), "unreachable"),
         (_jina(warning="This is a cached snapshot"), None),
         (_jina(content=" \n"), "empty_page"),
         (_json({"code": 422, "message": "no such domain"}, status=422), "http_error"),
@@ -105,7 +123,7 @@ async def test_private_addresses_are_not_told_to_a_reader_service():
         (raw(b"garbage\r\n\r\n"), "unavailable"),
         (endless(b"", b"", pause_s=0.05), "unavailable"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 async def test_what_a_reader_service_says_is_the_pages_doing_or_an_outage(handler, error):
     async with _visiting("jina", {"/": handler}) as (visit, _):
@@ -144,6 +162,21 @@ async def test_an_access_server_gets_the_address_as_it_was_written():
 async def test_what_an_access_server_says(handler, error):
     async with _visiting("access", {"/access": handler}) as (visit, _):
         assert (await visit("/wiki/Karo_Mil")).error == error
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, "unreachable"), (503, "unreachable"), (403, "http_error"), (501, "http_error")])
+async def test_a_status_that_may_pass_is_not_remembered(status, error):
+    async with hostile_server({"/x": response(status=status)}) as server:
+        config = ToolsConfig(
+            search=SearchConfig(url="http://127.0.0.1:9"),
+            visit=VisitConfig(extraction_processes=0),
+            fetch=FetchConfig(allowed_origins=[server.origin]),
+            polite=PoliteConfig(max_attempts=1),
+        )
+        async with WebToolbox(config) as toolbox:
+            results = [await toolbox.call(ToolCall(name="visit", arguments={"url": f"{server.origin}/x", "goal": "g"})) for _ in range(2)]
+    assert [result.error for result in results] == [error] * 2
+    assert len(server.requests) == (2 if error == "unreachable" else 1)
 
 
 async def test_addresses_that_no_server_needs_to_see():

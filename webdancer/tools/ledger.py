@@ -47,16 +47,16 @@ class Lease:
     refused: Literal["", "quota", "budget"] = ""
 
 
-class Quota(Protocol):
-    """A Ledger, here or in another process."""
-
-    async def lease(self, provider: Provider, *, patience_s: float) -> Lease: ...
-
-
 class Purse(Protocol):
     """A Ledger, here or in another process, for who learns what a request cost only when it is answered."""
 
     async def pay(self, provider: str, *, requests: int, usd: float) -> bool: ...
+
+
+class Quota(Purse, Protocol):
+    """A Ledger, here or in another process. A lease that is not used is paid back, with negative numbers."""
+
+    async def lease(self, provider: Provider, *, patience_s: float) -> Lease: ...
 
 
 class Bill:
@@ -65,8 +65,7 @@ class Bill:
     def __init__(self) -> None:
         self._uses: dict[str, ToolUse] = {}
         self.throttled = False
-        """A quota made it wait or turned it away, a provider said that it is asked too much, or a breaker was open."""
-        self.refused: Literal["", "quota", "budget"] = ""
+        """A quota made it wait or turned it away, or a provider is left alone or said that it is asked too much."""
 
     @property
     def uses(self) -> tuple[ToolUse, ...]:
@@ -123,7 +122,7 @@ class Ledger:
         price = provider.usd_per_1000 / 1000
         if self._budget_usd and self.usd + price > self._budget_usd + 1e-12 and price:
             return Lease(refused="budget")
-        schedule = self._schedules.setdefault(provider.name, Schedule(provider.requests_per_s))
+        schedule = self._schedules.setdefault(provider.name, Schedule(provider.requests_per_s, burst=1))  # a quota holds in any second
         now = self._clock()
         delay_s = schedule.reserve(now, patience_s=patience_s)
         if delay_s is None:

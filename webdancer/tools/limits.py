@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 
+from webdancer.tools.network import FetchFailed
+
+_AWAKE_S = 1e-3  # a sleeper may wake that much too early
+
 
 class Schedule:
     """A token bucket (GCRA) on any one clock in seconds: any n requests that it lets through span at least (n - burst) / rate.
@@ -16,6 +20,8 @@ class Schedule:
         self._between_s = 1 / rate_per_s if rate_per_s else 0.0
         self._ahead_s = (max(1.0, rate_per_s if burst is None else burst) - 1) * self._between_s
         self._next = -math.inf  # when the next request would be due if none were let through ahead of time
+        self._paused_until = -math.inf
+        self._slowed = False
 
     def reserve(self, now: float, *, patience_s: float = math.inf) -> float | None:
         """Seconds after which the caller may send; None, and nothing is reserved, where that would be more than `patience_s`."""
@@ -28,11 +34,29 @@ class Schedule:
     def pause(self, until: float) -> None:
         """Nothing is let through before; after it, one at a time at first."""
         self._next = max(self._next, until + self._ahead_s)
+        self._paused_until = max(self._paused_until, until)
+
+    def paused(self, now: float) -> bool:
+        """Also for those who reserved their time before the pause was known: they are to reserve another."""
+        return now < self._paused_until - _AWAKE_S
 
     def slow_to(self, between_s: float) -> None:
         """At least so long between two requests from now on, none ahead of time (Crawl-delay)."""
         if between_s > self._between_s:
-            self._between_s, self._ahead_s = between_s, 0.0
+            self._between_s, self._ahead_s, self._slowed = between_s, 0.0, True
+
+    def held_back(self, now: float) -> bool:
+        """By the wish of who is asked (pause, slow_to), more than by the rate."""
+        return self._slowed or self.paused(now)
+
+
+class NotAsked(FetchFailed):
+    """No request was made. `reason`: robots, rules (the host did not say what robots may), slow (the host wants to be asked later), quota
+    (ours, of a provider or a host), budget or breaker."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Exhausted(Exception):

@@ -20,7 +20,7 @@ from webdancer.config import PoliteConfig
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, Page, Resolve, Transport
 from webdancer.tools.gate import Target, parse_target
 from webdancer.tools.ledger import Provider, Quota, bill
-from webdancer.tools.limits import Breaker, Exhausted, Schedule, wait_for
+from webdancer.tools.limits import Breaker, Exhausted, NotAsked, Schedule, wait_for
 from webdancer.tools.result import BUDGET_SPENT, UNAVAILABLE
 from webdancer.tools.robots import ROBOTS_PATH, Answer, Robots
 
@@ -30,26 +30,20 @@ PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 """Statuses that may be another one next time: what a server will never do (501, 505) stays so."""
 _TOO_MANY = 429
 _BACKOFF_S, _MAX_BACKOFF_S = 0.5, 8.0
+_MAX_RETRY_AFTER_S = 300.0
+"""Who wants to be asked later than that is asked after it once more: a header may say years."""
 _FELT_S = 1.0  # waiting for a quota that is worth telling
 _MAX_PEERS = 10_000
 
 
-class NotAsked(FetchFailed):
-    """No request was made. `reason`: robots, rules (the host did not say what robots may), quota, budget or breaker."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def not_asked_code(error: NotAsked, *, own_site: bool) -> str:
-    """As a page's error. A host that fails is the web as it is; that we may not ask, or may not ask yet, is not the policy's fault."""
+    """As a page's error. A host that fails or wants to wait is the web as it is; that our own limits are used up is nobody's fault."""
     match error.reason:
         case "robots":
             return "robots"
         case "budget":
             return BUDGET_SPENT
-        case "breaker" | "rules":
+        case "breaker" | "rules" | "slow":
             return UNAVAILABLE if own_site else "unreachable"
         case _:
             return UNAVAILABLE
@@ -118,7 +112,7 @@ class PoliteFetcher(Fetcher):
         while True:
             attempt += 1
             if not peer.breaker.lets_through(loop.time()):
-                bill().throttled = True
+                self._note_throttled(target)
                 raise NotAsked("breaker", f"{target.host} has failed too often and is left alone for a while")
             await self._wait_turn(target, ends - loop.time())
             page, error = await _outcome(send)
@@ -127,7 +121,7 @@ class PoliteFetcher(Fetcher):
                 peer.breaker.note(fine=fine, now=loop.time())
             pause_s = _pause(page, attempt)
             if page is not None and not fine and (page.status == _TOO_MANY or page.retry_after):
-                bill().throttled = True
+                self._note_throttled(target)
                 peer.schedule.pause(loop.time() + pause_s)
             again = not fine and not isinstance(error, BlockedUrl) and attempt < self._config.max_attempts
             if again and loop.time() + pause_s <= ends:
@@ -139,25 +133,49 @@ class PoliteFetcher(Fetcher):
                 return page
 
     async def _wait_turn(self, target: Target, patience_s: float) -> None:
-        name, price = (self._provider.name, self._provider.usd_per_1000 / 1000) if self._provider else (WEB, 0.0)
-        waited_s = 0.0
-        if self._provider is not None and self._provider.leased and self._quota is not None:
+        """Until one request may be sent, which is then on the bill. Raises NotAsked at once where that takes longer than `patience_s`."""
+        loop = asyncio.get_running_loop()
+        began, schedule = loop.time(), self._peer(target).schedule
+        ends, hosts_wish = began + patience_s, self._is_strange(target) and schedule.held_back(began)
+        while True:
+            try:
+                await wait_for(schedule, patience_s=max(0.0, ends - loop.time()))
+            except Exhausted:
+                hosts_wish = self._is_strange(target) and schedule.held_back(loop.time())
+                bill().throttled |= not hosts_wish
+                raise NotAsked("slow" if hosts_wish else "quota", f"{target.host} is asked too often already") from None
+            price = await self._lease(max(0.0, ends - loop.time()))
+            if not schedule.paused(loop.time()):
+                break
+            # Somebody was told meanwhile to pause, which is meant for all: what was leased is not used.
+            await self._give_back(price)
+        if loop.time() - began > _FELT_S and not hosts_wish:
+            bill().throttled = True
+        bill().add(self._provider.name if self._provider else WEB, requests=1, usd=price)
+
+    async def _lease(self, patience_s: float) -> float:
+        """One request of a provider with a quota or price, when its time has come; gives the dollars. Nothing for all others."""
+        if self._provider is None or not self._provider.leased:
+            return 0.0
+        if self._quota is not None:
             lease = await self._quota.lease(self._provider, patience_s=patience_s)
             if lease.refused:
                 bill().throttled = True
-                bill().refused = lease.refused
-                raise NotAsked(lease.refused, f"the {lease.refused} of {name} is used up")
-            waited_s = lease.delay_s
-            await asyncio.sleep(waited_s)
-        try:
-            waited_s += await wait_for(self._peer(target).schedule, patience_s=max(0.0, patience_s - waited_s))
-        except Exhausted:
+                raise NotAsked(lease.refused, f"the {lease.refused} of {self._provider.name} is used up")
+            await asyncio.sleep(lease.delay_s)
+        return self._provider.usd_per_1000 / 1000
+
+    async def _give_back(self, price: float) -> None:
+        if self._provider is not None and self._provider.leased and self._quota is not None:
+            await self._quota.pay(self._provider.name, requests=-1, usd=-price)
+
+    def _is_strange(self, target: Target) -> bool:
+        """A host of the open web, which may be as slow or dead as it likes: that says nothing about how much the run asks."""
+        return self._provider is None and not target.trusted
+
+    def _note_throttled(self, target: Target) -> None:
+        if not self._is_strange(target):
             bill().throttled = True
-            bill().refused = "quota"
-            raise NotAsked("quota", f"{target.host} is asked too often already") from None
-        if waited_s > _FELT_S:
-            bill().throttled = True
-        bill().add(name, requests=1, usd=price)
 
     async def _check_robots(self, target: Target) -> None:
         if self._robots is None or target.trusted or urlsplit(target.url).path == ROBOTS_PATH:
@@ -221,7 +239,7 @@ async def _outcome(send: Callable[[], Awaitable[Page]]) -> tuple[Page | None, Bl
 def _pause(page: Page | None, attempt: int) -> float:
     """Seconds until the next attempt: full jitter (AWS architecture blog, 2015), or as long as the server asks for."""
     jitter_s = random.uniform(0, min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt))
-    return max(jitter_s, retry_after_s(page.retry_after)) if page is not None else jitter_s
+    return max(jitter_s, min(_MAX_RETRY_AFTER_S, retry_after_s(page.retry_after))) if page is not None else jitter_s
 
 
 def retry_after_s(header: str) -> float:

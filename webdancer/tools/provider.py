@@ -11,7 +11,8 @@ from typing import Any
 
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, Page
 from webdancer.tools.keys import redacted
-from webdancer.tools.polite import PASSING, NotAsked
+from webdancer.tools.limits import NotAsked
+from webdancer.tools.polite import PASSING
 from webdancer.tools.result import BAD_RESPONSE, BUDGET_SPENT, REFUSED, UNAVAILABLE
 
 _ILL_FORMED = ("content_type", "body_too_large")  # of an answer that did come

@@ -14,7 +14,8 @@ from webdancer.tools.extract import PDF_TYPE, page_lines
 from webdancer.tools.extraction import Extraction, ExtractionFailed
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, check_url
 from webdancer.tools.gate import check_characters
-from webdancer.tools.polite import NotAsked, not_asked_code
+from webdancer.tools.limits import NotAsked
+from webdancer.tools.polite import PASSING, not_asked_code
 from webdancer.tools.provider import ProviderFailed, WrongShape, ask, items
 from webdancer.tools.result import UNAVAILABLE
 
@@ -219,7 +220,11 @@ def _reader_policy(origin: str, fetch: FetchConfig) -> FetchPolicy:
 
 
 def _status_error(status: int, *, own_site: bool) -> PageError:
-    code = UNAVAILABLE if own_site and status >= 500 else "not_found" if status in (404, 410) else "http_error"
+    """`http_error` lasts (tools.visit); what may be otherwise in a minute is a server that cannot be reached for now."""
+    if status in PASSING:
+        code = UNAVAILABLE if own_site else "unreachable"
+    else:
+        code = UNAVAILABLE if own_site and status >= 500 else "not_found" if status in (404, 410) else "http_error"
     return PageError(code, f"the server answered with status {status}")
 
 

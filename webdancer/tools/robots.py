@@ -11,6 +11,7 @@ from protego import Protego
 
 from webdancer.tools.cache import SingleFlightCache
 from webdancer.tools.gate import BlockedUrl
+from webdancer.tools.limits import NotAsked
 from webdancer.tools.network import FetchFailed
 
 AGENT = "webdancer"
@@ -43,7 +44,7 @@ class _Rules:
 
 
 class Robots:
-    """Rules by origin. `ask(url)` requests a robots.txt; it raises BlockedUrl or FetchFailed.
+    """Rules by origin. `ask(url)` requests a robots.txt; it raises BlockedUrl or FetchFailed, and NotAsked, which `look_up` passes on.
 
     No such file (4xx), or one that is no text: all is allowed. A server that fails, or that the gate refuses: nothing is, until it answers.
     """
@@ -71,6 +72,8 @@ class Robots:
         except BlockedUrl as error:
             known = error.code == "content_type"
             return _Rules(Protego.parse(_ALL if known else _NONE), _DAY_S if known else _UNKNOWN_S)
+        except NotAsked:  # yet, by our own limits: the host said nothing, and nothing is remembered of it
+            raise
         except FetchFailed:
             return _Rules(Protego.parse(_NONE), _UNKNOWN_S)
         if 400 <= answer.status < 500 and answer.status != 429:

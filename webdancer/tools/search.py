@@ -61,7 +61,7 @@ class SearchTool:
     async def _one(self, query: str) -> Part:
         normalised = " ".join(query.split())
         try:
-            async with asyncio.timeout(self._config.timeout_s):
+            async with asyncio.timeout(2 * self._config.timeout_s):  # as long for its turn, so that the last one who gets it is answered
                 hits, cached = await self._hits.get(normalised, lambda: self._backend.search(normalised))
         except (ProviderFailed, TimeoutError) as error:
             code = error.code if isinstance(error, ProviderFailed) else UNAVAILABLE
