@@ -104,7 +104,7 @@ class CountingTools:
     def __init__(self) -> None:
         self.num_calls = 0
 
-    async def call(self, call):
+    async def call(self, call, hop=None):
         self.num_calls += 1
         return ToolResult(text=f"Nothing about {call.arguments['query']}.")
 
