@@ -77,7 +77,7 @@ def test_killed_twice_the_job_ends_with_the_same_files_and_asks_nothing_twice(tm
     cost = manifest["cost"]["models"]["writer"]
     assert (cost["answers"], cost["prompt_tokens"]) == (answers, answers * TOKENS["prompt_tokens"])
     assert cost["usd"] == manifest["cost"]["usd"] == pytest.approx(answers * price)
-    assert "quote not in page" in (tmp_path / "parts" / "questions" / "report.html").read_text()
+    assert "unusable reply" in (tmp_path / "parts" / "questions" / "report.html").read_text()
 
     tasks = [task for pool in ("sft", "rl", "dev", "heldout") for task in read_tasks(tmp_path / "parts" / "questions" / f"{pool}.jsonl")]
     assert len({task.question for task in tasks}) == len(tasks) > 30

@@ -154,6 +154,12 @@ def test_a_reply_of_another_form_is_counted_and_asked_for_again(tmp_path):
         asyncio.run(Endpoint(completion('{"m": 4}')).model().chat_json(ASK, lambda fields: fields["n"], attempts=2, **SETTINGS))
 
 
+def test_an_object_in_a_reply_that_was_cut_may_be_a_draft():
+    cut = httpx.Response(200, json={"choices": [{"message": {"content": 'First {"n": 3}, no'}, "finish_reason": "length"}]})
+    endpoint = Endpoint(cut, completion('{"n": 4}'))
+    assert asyncio.run(endpoint.model().chat_json(ASK, lambda fields: int(fields["n"]), **SETTINGS)) == 4
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [

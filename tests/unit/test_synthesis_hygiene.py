@@ -98,6 +98,7 @@ def test_overlap_is_thirteen_words_in_common(asked, known):
 
 
 def test_leaks_and_essays():
+    assert reasons(task("北京大学在哪个城市，是北京还是上海？", "北京")) == ["leak"]
     assert reasons(task("Is it A) Bax or B) Elgar?", "A"), task("Who was Elgar?"), task("What?", "word " * 31)) == [
         "leak",
         "leak",
@@ -184,6 +185,36 @@ def test_what_is_known_closed_book_is_left_out():
     outcomes = collected(Numbers(available=6), [Need("train", "a", 10)], closed_book=knows_even)
     assert [outcome.reason for outcome in outcomes] == ["", "closed_book", "third", "closed_book", "", "third"]
     assert isinstance(outcomes[0], Outcome)
+
+
+def test_closed_book_questions_are_told_from_repeated_ones_whoever_is_faster():
+    class Twice(Numbers):
+        """Every question two times; which of the two is written first depends on `late`."""
+
+        late = 0
+
+        async def write(self, number):
+            await asyncio.sleep((number % 2 == self.late) / 100)
+            return task(f"Question number {(number + 1) // 2} of all that there are")
+
+    async def knows(one):
+        return "closed_book" if "number 1 " in one.question else ""
+
+    needs = [Need("train", "a", 10)]
+    found = []
+    for late in (0, 1):
+        source = Twice(available=4)
+        source.late = late
+        found.append([outcome.reason for outcome in collected(source, needs, closed_book=knows)])
+    assert found == [["closed_book", "closed_book", "", "exact_duplicate"]] * 2
+
+
+def test_what_an_answer_is_also_called_must_not_stand_in_the_question():
+    class One(Numbers):
+        async def write(self, number):
+            return task("Is Psycinfo the database?", "Psycinfo (APA)")
+
+    assert [outcome.reason for outcome in collected(One(available=1), [Need("train", "a", 1)])] == ["leak"]
 
 
 def test_in_order_cancels_what_is_under_way_and_raises_errors_in_their_turn():

@@ -57,6 +57,7 @@ def test_a_question_is_believed_as_far_as_its_pages_bear_it_out():
     assert fault(facts=((1, "orn in Warsaw"), (2, "stands on the Vistula"))) == "quote_not_in_page"
     assert fault(facts=((2, "stands on the Vistula"),)) == "page_not_used"
     assert fault(facts=((1, "born in Warsaw"), (2, "It has the Old Town"))) == "answer_not_in_facts"
+    assert fault(answers=("Danube", "Vistula")) == "answer_not_in_facts", "an alias alone proves another answer"
     assert fault(question="Is the Vistula the river?") == "leak"
     assert fault(answers=("word " * 13,)) == "long"
     one = PAGES[1:]
@@ -112,9 +113,18 @@ def test_what_the_model_writes_becomes_a_task_with_its_facts_or_a_reason():
         ('{"question": ""}', "model_declined"),
         ("no", "unusable_reply"),
         ('{"question": "x", "answer": 1.5}', "unusable_reply"),
+        ('{"question": "\\ud83d?", "answer": "x", "facts": []}', "unusable_reply"),
     ]:
         source = ModelQuestions({"train": WEB}, model(lambda system, case, said=said: said), seed=1)
         assert asyncio.run(source.write(Bundle("hop1", (WEB[0],)))).reason == reason
+
+
+def test_of_a_models_aliases_only_those_of_the_pages_are_right_answers():
+    said = {"question": "In which year?", "answer": "1931", "aliases": ["year of Tiro", "Tiro", "the past"]}
+    said["facts"] = [{"page": 1, "quote": "born: 1931"}]
+    source = ModelQuestions({"train": WEB}, model(lambda system, case: said), seed=1)
+    assert asyncio.run(source.write(Bundle("hop1", (WEB[1],)))).answers == ("1931",)
+    assert asyncio.run(source.write(Bundle("hop1", (page("Tiro", "Tiro", born="1931"),)))).answers == ("1931", "Tiro")
 
 
 SEED = Task(id="s", question="Which river does Warsaw stand on?", answers=("Vistula",), source="simple")
@@ -127,7 +137,7 @@ STEPS = {
 }
 
 
-def easy_to_hard(searched=None, max_rounds=1, **changes):
+def easy_to_hard(searched=None, max_rounds=1, seed=0, **changes):
     steps = STEPS | changes
 
     def answer(system, case):
@@ -139,7 +149,7 @@ def easy_to_hard(searched=None, max_rounds=1, **changes):
             searched.append(query)
         return [Hit(title="Warsaw", url="http://w/Warsaw", snippet="Marie was born in Warsaw.")]
 
-    source = EasyToHard(ModelRounds({"train": [SEED]}, model(answer), search), max_rounds=max_rounds, seed=0)
+    source = EasyToHard(ModelRounds({"train": [SEED]}, model(answer), search), max_rounds=max_rounds, seed=seed)
     return asyncio.run(source.write(source.draw("train", "e2hqa")))
 
 
@@ -159,16 +169,33 @@ def test_a_round_chooses_searches_rewrites_and_is_checked():
         ({"pick": {"entity": "Paris", "query": "Paris"}}, "nothing_to_describe"),
         ({"rewrite": {"description": "", "question": ""}}, "not_rewritten"),
         ({"rewrite": {"description": "the town", "question": "Which river?"}}, "not_rewritten"),
+        ({"rewrite": {"description": "the town", "question": "Which sea does the town stand on?"}}, "not_rewritten"),
+        ({"rewrite": {"description": "the \ud83d town", "question": "Which river does the \ud83d town stand on?"}}, "not_rewritten"),
         ({"rewrite": {"description": "the town of Warsaw", "question": "Which river does the town of Warsaw stand on?"}}, "leak"),
         ({"rewrite": {"description": "the Vistula town", "question": "Which river does the Vistula town stand on?"}}, "leak"),
         ({"identify": {"entities": ["Warsaw", "Cracow"]}}, "not_one_entity"),
         ({"identify": {"entities": []}}, "not_one_entity"),
+        ({"identify": {"entities": "Warsaw"}}, "not_one_entity"),
         ({"answer": {"answer": "Oder"}}, "answer_changed"),
         ({"answer": "no JSON"}, "answer_changed"),
     ],
 )
 def test_a_round_that_fails_a_check_is_not_taken(changes, reason):
     assert easy_to_hard(**changes) == LeftOut(reason, SEED.question)
+
+
+def test_a_later_round_does_not_bring_back_what_an_earlier_one_replaced():
+    seed = next(seed for seed in range(99) if random.Random(f"{seed} train e2hqa").randint(1, 3) > 1)
+    picks = {SEED.question: "Warsaw", HARDER: "Marie"}
+    again = {"Warsaw": STEPS["rewrite"]["description"], "Marie": "the daughter of Warsaw"}
+
+    def rewrite(case):
+        description = again[case["entity"]]
+        return {"description": description, "question": case["question"].replace(case["entity"], description)}
+
+    changes = {"pick": lambda case: {"entity": picks[case["question"]], "query": "q"}, "rewrite": rewrite}
+    made = easy_to_hard(max_rounds=3, seed=seed, **changes)
+    assert (made.metadata["rounds"], made.metadata["stopped_by"]) == (1, "leak")
 
 
 def test_the_rounds_that_passed_are_kept_with_what_stopped_the_next():
@@ -191,8 +218,10 @@ def test_a_search_is_made_once_and_an_outage_ends_the_job(tmp_path):
 
     async def search(query):
         searched.append(query)
-        if query == "down":
-            raise ProviderFailed("unavailable", "status 503")
+        if query in ("down", "key"):
+            raise ProviderFailed("unavailable" if query == "down" else "refused", "status 503", status=503 if query == "down" else 401)
+        if query == "too long":
+            raise ProviderFailed("refused", "status 400", status=400)
         return [Hit(title=query, url="http://w/", snippet="found")]
 
     async def twice(kept):
@@ -204,5 +233,7 @@ def test_a_search_is_made_once_and_an_outage_ends_the_job(tmp_path):
     again = asyncio.run(twice(KeptSearch(search, tmp_path / "s.jsonl")))
     assert first == again
     assert sorted(searched) == ["a", "b"]
-    with pytest.raises(ServiceError, match=r"tools\.search: must be a search that answers, got: status 503"):
-        asyncio.run(KeptSearch(search, tmp_path / "s.jsonl")("down"))
+    assert list(asyncio.run(KeptSearch(search, tmp_path / "s.jsonl")("too long"))) == []
+    for query in ("down", "key"):
+        with pytest.raises(ServiceError, match=r"tools\.search: must be a search that answers, got: status 503"):
+            asyncio.run(KeptSearch(search, tmp_path / "s.jsonl")(query))

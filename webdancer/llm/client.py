@@ -112,14 +112,16 @@ class ChatModel:
     ) -> T:
         """`parse` of the JSON object in the reply; it raises ValueError, KeyError or TypeError for one of another form.
 
-        A reply that is no such object is counted and asked for again, warmer where the first was asked for at 0. Raises NoUsableReply
-        after so many attempts, and what `chat` raises.
+        A reply that is no such object, or was cut, is counted and asked for again, warmer where the first was asked for at 0. Raises
+        NoUsableReply after so many attempts, and what `chat` raises.
         """
         wrong = ""
         for attempt in range(attempts):
             warmth = temperature if attempt == 0 else max(temperature, 0.7)  # at 0 it would only say the same again
             answer = await self.chat(messages, temperature=warmth, max_tokens=max_tokens, sample=sample * attempts + attempt)
             try:
+                if answer.finish == "length":  # what is whole in it may be a draft
+                    raise ValueError("the reply was cut")
                 return parse(json_object(answer.text))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self.usage.malformed += 1

@@ -12,7 +12,7 @@ _SYSTEM = (
     "Answer from memory. Reply with the answer alone, as short as it can be: a name, a number, a date. "
     "If you do not know it, reply with the one word unknown."
 )
-_TEMPERATURE, _MAX_TOKENS = 0.7, 512
+_TEMPERATURE, _MAX_TOKENS = 0.7, 4_096  # a model that reasons needs most of it before it answers
 
 
 def closed_book(model: ChatModel, *, attempts: int) -> ClosedBook:

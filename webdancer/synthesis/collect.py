@@ -70,9 +70,13 @@ async def collect(
 
     async def work(item: tuple[Need, Any]) -> Task | LeftOut:
         written = await source.write(item[1])
-        if isinstance(written, Task) and closed_book is not None and not hygiene.check(written) and (reason := await closed_book(written)):
-            return LeftOut(reason, written.question)
-        return written
+        if not isinstance(written, Task):
+            return written
+        task = described(written, split=item[0].split)
+        # Whether it repeats another one is known only in its turn, and a model must be asked the same whoever is faster.
+        if closed_book is not None and not hygiene.fault(task) and (reason := await closed_book(task)):
+            return LeftOut(reason, task.question)
+        return task
 
     async with aclosing(in_order(turns.draw, work, window=window)) as results:
         async for (need, _), written in results:
@@ -81,9 +85,8 @@ async def collect(
             elif reason := hygiene.check(written):
                 outcome = Outcome(need, written, reason)
             else:
-                task = described(written, split=need.split)
-                hygiene.add(task)
-                outcome = Outcome(need, task)
+                hygiene.add(written)
+                outcome = Outcome(need, written)
             turns.note(outcome)
             yield outcome
 

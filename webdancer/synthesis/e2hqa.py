@@ -88,7 +88,7 @@ class EasyToHard:
         done: list[Round] = []
         failed: list[str] = []
         while len(done) < wanted:
-            step = await self._round(state, rng)
+            step = await self._round(state, rng, [made.entity for made in done])
             if isinstance(step, RoundFailed):
                 failed.append(step.reason)
                 break
@@ -98,8 +98,8 @@ class EasyToHard:
             return LeftOut(failed[-1], first.question)
         return _made(self._rounds.task(state), first, done, wanted=wanted, failed=failed)
 
-    async def _round(self, state: Any, rng: random.Random) -> tuple[Any, Round] | RoundFailed:
-        """A round that passes the three checks; the reason of the last try if none does."""
+    async def _round(self, state: Any, rng: random.Random, replaced: Sequence[str]) -> tuple[Any, Round] | RoundFailed:
+        """A round that passes the three checks; the reason of the last try if none does. `replaced`: entities of earlier rounds."""
         reason = NOTHING_TO_DESCRIBE
         for attempt in range(_TRIES):
             step = await self._rounds.harder(state, rng, attempt)
@@ -108,7 +108,7 @@ class EasyToHard:
                 continue
             after, made = step
             task = self._rounds.task(after)
-            if leaks(made.question, (*task.answers, made.entity)) or leaks(made.description, task.answers):
+            if leaks(made.question, (*task.answers, made.entity, *replaced)) or leaks(made.description, task.answers):
                 reason = LEAKED
             elif not await self._rounds.is_one(after, made):
                 reason = AMBIGUOUS

@@ -59,15 +59,21 @@ class Hygiene:
     def check(self, task: Task) -> str:
         """The reason to leave it out, or nothing."""
         asked = " ".join(words(task.question))
-        if any(map(self._overlaps, _asked(task))):
-            return OVERLAP
+        if reason := self.fault(task):
+            return reason
         if asked in self._questions:
             return EXACT_DUPLICATE
+        return NEAR_DUPLICATE if self._is_near(task, asked) else ""
+
+    def fault(self, task: Task) -> str:
+        """A reason that has nothing to do with other questions that were made, or nothing."""
+        if any(map(self._overlaps, _asked(task))):
+            return OVERLAP
         if leaks(task.question, task.answers):
             return LEAK
         if len(words(task.answers[0])) > _MAX_ANSWER_WORDS:
             return LONG_ANSWER
-        return NEAR_DUPLICATE if self._is_near(task, asked) else ""
+        return ""
 
     def add(self, task: Task) -> None:
         """Let through: later ones are compared with it."""

@@ -101,7 +101,7 @@ class ModelQuestions:
         if written is None:
             return LeftOut(DECLINED)
         wrong = find_fault(written, drawn.type, shown)
-        return LeftOut(wrong, written.question) if wrong else _task(written, drawn)
+        return LeftOut(wrong, written.question) if wrong else _task(written, drawn, shown)
 
     def _bundle(self, split: str, type_: str, rng: random.Random) -> Bundle | None:
         pages, order = self._pages[split], self._order[split]
@@ -152,14 +152,17 @@ def find_fault(written: Written, type_: str, pages: Sequence[str]) -> str:
         items = {f" {' '.join(words(item))} " for item in written.items}
         all_there = all(item.strip() and item in told[0] for item in items)
         return "" if all_there and written.answers[0].strip() == str(len(items)) else MISCOUNTED
-    # At the end of a path; of an intersection, from either page.
+    # At the end of a path; of an intersection, from either page. The answer itself: an alias alone would prove another one.
     needed = set(range(1, len(told) + 1)) if type_ == "intersection" else {len(told)}
-    found = {page for page, quote in facts if any(answer.strip() and answer in quote for answer in answers)}
+    found = {page for page, quote in facts if answers[0].strip() and answers[0] in quote}
     return "" if needed <= found else UNSUPPORTED
 
 
-def _task(written: Written, bundle: Bundle) -> Task:
-    hops = len(bundle.pages)
+def _task(written: Written, bundle: Bundle, pages: Sequence[str]) -> Task:
+    """An alias counts only where a page says it, as every one of them is a right answer."""
+    hops, told = len(bundle.pages), " ".join(f" {' '.join(words(page))} " for page in pages)
+    first, *aliases = written.answers
+    answers = (first, *(alias for alias in aliases if words(alias) and f" {' '.join(words(alias))} " in told))
     metadata = {
         "type": "hop" if bundle.type.startswith("hop") else bundle.type,
         "hops": hops,
@@ -168,7 +171,7 @@ def _task(written: Written, bundle: Bundle) -> Task:
     }
     if bundle.type == "count":
         metadata["items"] = list(written.items)
-    return Task(id=question_id(written.question), question=written.question, answers=written.answers, source=SOURCE, metadata=metadata)
+    return Task(id=question_id(written.question), question=written.question, answers=answers, source=SOURCE, metadata=metadata)
 
 
 def _linking(pages: Mapping[str, CrawledPage]) -> dict[str, list[str]]:
@@ -183,4 +186,5 @@ def _linking(pages: Mapping[str, CrawledPage]) -> dict[str, list[str]]:
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise TypeError(f"must be a text, got {type(value).__name__}")
+    str(value).encode()  # half a surrogate pair is a ValueError: no file takes it
     return " ".join(str(value).split())

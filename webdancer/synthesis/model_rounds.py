@@ -16,6 +16,7 @@ from webdancer.llm.client import ChatModel, ChatRefused, NoUsableReply
 from webdancer.rewards.judge import MatchJudge
 from webdancer.synthesis.e2hqa import LEAKED, NOT_FOUND, NOT_REWRITTEN, NOTHING_TO_DESCRIBE, Round, RoundFailed, Search
 from webdancer.synthesis.prompts import ANSWER, IDENTIFY, PICK, REWRITE
+from webdancer.synthesis.similar import words
 from webdancer.tools.render import Hit
 from webdancer.types import Task
 
@@ -67,6 +68,8 @@ class ModelRounds:
             return RoundFailed(NOT_REWRITTEN)
         if written["question"] != task.question.replace(entity, written["description"], 1) and entity in written["question"]:
             return RoundFailed(LEAKED)
+        if _rest(written["question"], written["description"]) != _rest(task.question, entity):
+            return RoundFailed(NOT_REWRITTEN)
         urls = tuple(hit.url for hit in hits)
         provenance = [*task.metadata["provenance"], *urls[:1]]
         after = replace(task, question=written["question"], metadata={**task.metadata, "provenance": provenance})
@@ -103,7 +106,14 @@ class ModelRounds:
             return None
 
 
+def _rest(question: str, part: str) -> list[str]:
+    """The words of the question but those of a part of it, and articles."""
+    return [word for word in words(question.replace(part, " ", 1)) if word not in ("a", "an", "the")]
+
+
 def _names(fields: Mapping[str, Any]) -> list[str]:
+    if not isinstance(fields["entities"], list):
+        raise TypeError(f"must be a list, got {type(fields['entities']).__name__}")
     return [_text(name) for name in fields["entities"]]
 
 
@@ -114,4 +124,5 @@ def _shown(hit: Hit) -> dict[str, str]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"must be a text, got {type(value).__name__}")
+    value.encode()  # half a surrogate pair is a ValueError: no file takes it
     return " ".join(value.split())

@@ -88,7 +88,8 @@ class PoolFiles:
         """Write pools and manifest; `more` goes into it. Gives the manifest."""
         self._candidates.close()
         for name, tasks in self._pools.items():
-            write_tasks(self._folder / f"{name}.jsonl", tasks)
+            # By their ids, which are hashes: the first N of a pool are then a fair sample of it.
+            write_tasks(self._folder / f"{name}.jsonl", sorted(tasks, key=lambda task: task.id))
         names = (*(f"{name}.jsonl" for name in POOLS), CANDIDATES_FILE)
         manifest = {
             "format": 1,

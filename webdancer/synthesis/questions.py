@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from webdancer.errors import DataError
 from webdancer.synthesis.page import CrawledPage, FactValue
+from webdancer.synthesis.similar import words
 from webdancer.types import Task
 
 QUESTION_TYPES = ("hop1", "hop2", "hop3", "hop4", "count", "intersection")
@@ -136,15 +136,16 @@ def _chain(graph: Graph, hops: int, rng: random.Random) -> _Draft | None:
 def _count(page: CrawledPage, key: str) -> _Draft:
     number = len(page.facts[key])
     asked = f"people are in the cast of the {page.kind} {page.title}" if key == "cast" else f"{key} does {page.title} have"
-    words = (_NUMERALS[number],) if number < len(_NUMERALS) else ()
-    return _Draft(question=f"How many {asked}?", answers=(str(number), *words), pages=(page,), keys=(key,))
+    spelled = (_NUMERALS[number],) if number < len(_NUMERALS) else ()
+    return _Draft(question=f"How many {asked}?", answers=(str(number), *spelled), pages=(page,), keys=(key,))
 
 
 def _intersection(graph: Graph, rng: random.Random) -> _Draft | None:
     entry = rng.choice(graph.shared_entries)
     pair = rng.sample(graph.lists_by_entry[entry], 2)
     (one, one_key), (other, other_key) = sorted(pair, key=lambda item: (item[0].url, item[1]))  # one pair of lists, one question
-    shared = [value for value in one.facts[one_key] if value in other.facts[other_key]]
+    there = {value.url or value.text for value in other.facts[other_key]}
+    shared = [value for value in one.facts[one_key] if (value.url or value.text) in there]
     if one is other or len(shared) != 1:
         return None
     who = "Who" if one.kind else "What"  # of an entity whose kind is known, a list is one of persons
@@ -154,12 +155,8 @@ def _intersection(graph: Graph, rng: random.Random) -> _Draft | None:
 
 def leaks(question: str, answers: Sequence[str]) -> bool:
     """Whether the question itself says an answer, word for word."""
-    asked = f" {_words(question)} "
-    return any(f" {_words(answer)} " in asked for answer in answers)
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text)).casefold()
+    asked = f" {' '.join(words(question))} "
+    return any(f" {' '.join(words(answer))} " in asked for answer in answers)
 
 
 def question_id(question: str, source: str = SOURCE) -> str:
