@@ -219,11 +219,14 @@ def test_gpus_are_whole_where_there_are_enough_and_shared_where_not():
     assert (shared.worker["num_gpus"], shared.rank["num_gpus"]) == (0.5, 0.5)
     without = plan_resources(config_of(1, 1), {"CPU": 64.0})
     assert "num_gpus" not in without.worker
+    for gpus, workers, ranks in ((2, 2, 1), (8, 8, 4), (4, 9, 2), (8, 3, 2)):
+        some = plan_resources(config_of(workers, ranks), {"CPU": 64.0, "GPU": float(gpus)})
+        assert gpus * int(1 / some.worker["num_gpus"]) >= workers + ranks, "each share is on one GPU"
     config = replace(config_of(8, 8), cluster=ClusterConfig(shared_gpus=True))
     in_turn = plan_resources(config, {"CPU": 64.0, "GPU": 8.0})
     assert rank_bundle(config, in_turn) == {"CPU": 2.0, "GPU": 1.0}
     assert 2 * in_turn.worker["num_gpus"] > 1, "no two engines on one"
-    assert rank_bundle(config, plan_resources(config, {"CPU": 64.0})) == {"CPU": 2.0}
+    assert rank_bundle(config, plan_resources(config, {"CPU": 64.0})) == {"CPU": 1.0}, "nothing to share: engines are where there is room"
     with pytest.raises(ServiceError, match="need 8 GPUs, got 7"):
         plan_resources(config, {"CPU": 64.0, "GPU": 7.0})
     with pytest.raises(ServiceError, match="needs 8 GPUs, got 4"):

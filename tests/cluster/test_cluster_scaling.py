@@ -136,6 +136,8 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
         resources = plan_resources(labelled, cluster_size(), largest_node_gpus=largest_node_gpus())
         assert await node_of(resources.worker) == added[0].node_id
         assert [await node_of(resources.server), await node_of(resources.judge)] == [web, web]
+        for actor in actors:
+            kill(actor)  # their GPUs are needed
         in_turn = replace(config, engine=EngineConfig(), cluster=ClusterConfig(shared_gpus=True), learner=LearnerConfig(num_ranks=2))
         in_turn = replace(in_turn, rollout=RolloutConfig(num_workers=2))
         resources = plan_resources(in_turn, cluster_size(), largest_node_gpus=largest_node_gpus())

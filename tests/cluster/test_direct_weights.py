@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests import engine_contract as contract
+from webdancer.cluster.calls import ActorLost
 from webdancer.cluster.weight_sync import WeightPublisher
 from webdancer.config import WeightSyncConfig
-from webdancer.errors import CanaryError, EngineFault
+from webdancer.errors import CanaryError, EngineFault, StalledError
 from webdancer.inference.canary import compare, probe
 from webdancer.inference.checksum import checksum, numbers
 from webdancer.inference.exact import ExactEngine
@@ -94,7 +95,7 @@ class FakeLearner:
         return [np.array([0.0, *score], np.float32) for score in scores]
 
 
-async def make_setting(tmp_path, *, engines: int):
+async def make_setting(tmp_path, *, engines: int, backend: str = "nccl"):
     model = contract.make_model(tmp_path / "model", tied=True)
     learner = FakeLearner(model)
 
@@ -104,10 +105,10 @@ async def make_setting(tmp_path, *, engines: int):
         return Member(name, engine)
 
     workers = [await member(f"rollout-{n}") for n in range(engines)]
-    pool = SimpleNamespace(workers=workers, num_replaced=0, retired=[])
+    pool = SimpleNamespace(workers=workers, num_replaced=0, retired=[], rest={}, wake=lambda: None)
     pool.retire = lambda worker, reason: pool.retired.append((worker.name, reason))
-    exporter = Handle(SimpleNamespace(place=lambda: ("node", "127.0.0.1", 1), remove=lambda path: None))
-    config = WeightSyncConfig(backend="nccl", timeout_s=60)
+    exporter = Handle(SimpleNamespace(place=lambda: ("node", "127.0.0.1", 1), remove=lambda path: None, set_aside=lambda path: None))
+    config = WeightSyncConfig(backend=backend, timeout_s=60)
     weights = WeightPublisher(config, learner, pool, exporter=exporter, exporter_node="node", directory=tmp_path / "weights", probe=PROBE)
     return learner, pool, weights, member
 
@@ -176,6 +177,26 @@ def test_an_engine_that_got_other_bytes_is_replaced_and_the_others_go_on(tmp_pat
         assert retired == "rollout-1"
         assert f"weights: {name} must have the checksum of what was sent" in reason
         assert await difference(pool.workers[0].engine, learner) < 1e-3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [ActorLost("its node is gone"), StalledError("weights: no answer within 600 s")])
+def test_engines_that_die_in_an_update_are_replaced_even_if_all_do(tmp_path, error):
+    async def run():
+        learner, pool, weights, member = await make_setting(tmp_path, engines=1, backend="file")
+
+        async def die(path, version):
+            raise error
+
+        pool.workers[0].engine.load_weights = die
+        figures = await weights.publish(learner.step())
+        assert (figures["engine/workers"], figures["sync/quarantined"]) == (0, 1)
+        assert [name for name, _ in pool.retired] == ["rollout-0"]
+        newcomer = await member("rollout-1")
+        await weights.bring_up_to_date(newcomer)
+        assert learner.written == 1, "what was exported for the dead is still there"
+        assert await difference(newcomer.engine, learner) < 1e-3
 
     asyncio.run(run())
 

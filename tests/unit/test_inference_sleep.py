@@ -111,6 +111,13 @@ def test_who_sleeps_already_is_not_sent_to_sleep_again():
     assert llm.calls == ["sleep level=2 mode=keep"]
 
 
+@pytest.mark.parametrize("logprobs", [None, SimpleNamespace(logprobs=[-1.0])])
+def test_tokens_without_their_logprobs_are_the_engines_fault(logprobs):
+    output = SimpleNamespace(token_ids=[5, 6], finish_reason="length", logprobs=logprobs, weight_versions=[])
+    with pytest.raises(EngineFault, match=r"gave [01] log-probabilities for 2 tokens"):
+        engine_over(RecordingLLM())._completion(output)
+
+
 @pytest.mark.parametrize("call", ["sleep level=2", "wake_up ['weights']", "wake_up ['kv_cache']"])
 def test_an_engine_that_fails_at_it_is_broken(call):
     llm = RecordingLLM(refuses=call)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.rollout_fakes import CountingTasks, CyclingTasks, ListRecorder, TimedRunner
+from tests.rollout_fakes import CountingTasks, CyclingTasks, ListRecorder, TimedRunner, make_member, make_turn
 from tests.virtual_time import run_virtual
 from webdancer.config import RolloutConfig
 from webdancer.errors import DataError, StalledError
 from webdancer.rollout.collector import GroupCollector
 from webdancer.rollout.slots import newest_drawable
+from webdancer.types import ToolResult, TurnFinished
 
 
 def rollout_config(**changes) -> RolloutConfig:
@@ -115,6 +117,27 @@ def test_newest_drawable_is_the_rule_word_for_word(held, places_left, max_stalen
         if slots_hold:
             assert newest == max(start for start in held if allowed(start))
     assert newest in held
+
+
+def test_questions_that_run_out_while_tools_are_throttled_are_missed_at_once():
+    """The timer of back-pressure finds that there are none: nobody else would say so until the run counts as stalled."""
+
+    class Throttled(TimedRunner):
+        async def run(self, task, *, member, attempt, on_turn, **settings):
+            await asyncio.sleep(0.5)
+            turn = replace(make_turn(), result=ToolResult(text="", error="unavailable", throttled=True))
+            for index in range(3):
+                on_turn(TurnFinished(task_id=task.id, member=member, attempt=attempt, index=index, turn=turn))
+            return make_member(task, member=member, attempt=attempt, correct=False)
+
+    async def main():
+        config = rollout_config(groups_per_step=4, stall_timeout_s=3600)
+        async with collector(config, runner=Throttled(), tasks=CountingTasks(limit=4)) as groups:
+            with pytest.raises(DataError, match="the questions ran out"):
+                await groups.next_batch()
+            assert asyncio.get_running_loop().time() < 60
+
+    run_virtual(main())
 
 
 def test_first_finished_first_kept_would_break_the_bound():

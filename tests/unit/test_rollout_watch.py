@@ -19,8 +19,8 @@ from webdancer.config import EpisodeConfig, PromptConfig, RewardConfig
 from webdancer.errors import EngineFault, StalledError
 from webdancer.rollout.outage import OutageGuard
 from webdancer.rollout.runner import LocalEpisodeRunner
-from webdancer.rollout.watch import Activity, GuardedPolicy, Waiting, WatchedToolbox, described, garbage
-from webdancer.types import Sampling, StopReason, VersionSpan
+from webdancer.rollout.watch import Activity, GuardedPolicy, RunPolicy, Waiting, WatchedToolbox, described, garbage
+from webdancer.types import EpisodeLost, Sampling, StopReason, VersionSpan
 
 LIMITS = EpisodeConfig(max_turns=4, max_tool_calls=4, max_tokens=2048, max_turn_tokens=64, timeout_s=400.0, tool_timeout_s=30.0)
 
@@ -46,6 +46,48 @@ def test_who_gives_up_earlier_is_not_told_of_a_hung_engine():
     with pytest.raises(TimeoutError):
         run_virtual(main())
     assert activity.now() == {}
+
+
+@pytest.mark.parametrize("turn_s", [100.0, 250.0])
+def test_an_engine_that_hangs_loses_an_episode_however_old_it_is(turn_s):
+    """With an age of 400 s the turn's own deadline speaks first, with 1,000 s the episode's."""
+    limits = EpisodeConfig(max_turns=9, max_tool_calls=9, max_tokens=4096, max_turn_tokens=64, timeout_s=1800.0, turn_timeout_s=900.0)
+    engine = ScriptedPolicy([search(f"q{index}") for index in range(9)], delay_s=turn_s)
+    complete_turn = engine.complete
+
+    async def hanging(*arguments, **settings):
+        if len(engine.prompts) == 4:
+            await asyncio.sleep(1e9)
+        return await complete_turn(*arguments, **settings)
+
+    engine.complete = hanging
+    runner = LocalEpisodeRunner(
+        policy=GuardedPolicy(engine, Activity(), timeout_s=limits.turn_timeout_s),
+        toolbox=FakeToolbox("Nothing."),
+        judge=FakeJudge(),
+        tokenizer=make_tokenizer(),
+        episode=limits,
+        prompt=PromptConfig(style="brief"),
+        reward=RewardConfig(),
+    )
+    outcome = run_virtual(runner.run(make_task(0), member=0, attempt=0, sampling=Sampling()))
+    assert isinstance(outcome, EpisodeLost)
+    assert "generate: no answer of the engine" in outcome.reason
+
+
+def test_two_runs_of_an_episode_are_two_sessions():
+    seen = []
+
+    class Engine:
+        async def complete(self, prompt_ids, *, session, **settings):
+            seen.append(session)
+
+    async def main():
+        for run in (3, 3, 8):
+            await RunPolicy(Engine(), run).complete([1], sampling=Sampling(), max_tokens=4, session="q1/0/0")
+
+    run_virtual(main())
+    assert seen[0] == seen[1] != seen[2]
 
 
 @pytest.mark.parametrize(

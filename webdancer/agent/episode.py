@@ -21,6 +21,7 @@ from webdancer.agent.prompt import TRUNCATED, correction_text, prompt_messages, 
 from webdancer.agent.spoken import turn_speaker
 from webdancer.agent.transcript import Transcript
 from webdancer.config import EpisodeConfig, PromptConfig
+from webdancer.errors import EngineFault
 from webdancer.interfaces import OnText, OnTurn, Policy, StreamingPolicy, Tokenizer, Toolbox
 from webdancer.types import (
     Completion,
@@ -66,7 +67,8 @@ async def run_episode(
     """Run to the end, whatever end. `on_turn` hears of each new turn, not of the resumed ones, and `on_text` of their text as it is
     written, where the policy is a StreamingPolicy.
 
-    Raises errors.EngineFault from the policy: its worker hands the episode on, with the turns that `on_turn` reported.
+    Raises errors.EngineFault from the policy, or where the deadline finds it silent for more than half of turn_timeout_s: its worker
+    hands the episode on, with the turns that `on_turn` reported.
     """
     episode = _Episode(
         task=task,
@@ -90,6 +92,9 @@ async def run_episode(
     except TimeoutError:
         if not deadline.expired():  # someone else's timeout is not ours to explain
             raise
+        if (waited_s := episode.waits_for_policy_s()) > limits.turn_timeout_s / 2:
+            # An engine that hangs may not make an episode wrong because that is old enough for its own deadline to come first.
+            raise EngineFault(f"generate: no answer of the engine for {waited_s:.0f} s, by the end of episode.timeout_s") from None
         stop = StopReason.TIMEOUT
         episode.keep_interrupted()
     return episode.transcript.trajectory(id=episode.id, task=task, member=member, turns=episode.turns, stop=stop, answer=episode.answer)
@@ -119,6 +124,7 @@ class _Episode:
     turns: list[Turn] = field(default_factory=list)
     pending: str | None = None
     waiting: Turn | None = None
+    asked_s: float | None = None
     answer: str | None = None
     num_calls: int = 0
     num_malformed: int = 0
@@ -196,7 +202,17 @@ class _Episode:
         if self.waiting is not None:
             self.turns.append(self.waiting)
 
+    def waits_for_policy_s(self) -> float:
+        """Seconds since the model was asked what it has not answered; 0 if it has."""
+        return 0.0 if self.asked_s is None else asyncio.get_running_loop().time() - self.asked_s
+
     async def _complete(self, room: int) -> Completion:
+        self.asked_s = asyncio.get_running_loop().time()
+        completion = await self._ask(room)
+        self.asked_s = None
+        return completion
+
+    async def _ask(self, room: int) -> Completion:
         prompt_ids, max_tokens = self.transcript.token_ids, min(self.limits.max_turn_tokens, room - 1)  # one for an unsampled <|im_end|>
         if self.on_text is not None and isinstance(self.policy, StreamingPolicy):
             on_tokens = turn_speaker(self.tokenizer, self.on_text, index=len(self.turns))

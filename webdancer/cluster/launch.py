@@ -89,8 +89,7 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         if "rollout" in parts:
             pool = _make_pool(stack, config, resources, live, make_engine)
             starting.append(pool.start())
-            at_once = config.rollout.num_workers * (config.rollout.episodes_per_worker or config.engine.max_num_seqs)
-            live = replace(live, runner=OutageGuard(RemoteRunner(pool, timeout_s=_episode_timeout_s(config)), limit=2 * at_once))
+            live = replace(live, runner=OutageGuard(RemoteRunner(pool, timeout_s=_episode_timeout_s(config)), limit=2 * _at_once(config)))
         if "learner" in parts:
             ranks = _spawn_ranks(stack, config, resources, group)
             learner = RemoteLearner(ranks, timeout_s=config.learner.timeout_s)
@@ -182,7 +181,7 @@ def _spawn_judges(stack: AsyncExitStack, config: Config, resources: Resources, s
 
 
 async def _stop_judges(servers: list[Any]) -> None:
-    """Their engines have processes of their own, which outlive an actor that is killed."""
+    """Their engines have processes of their own: these end in order before Ray ends them with their actor."""
     closing = [answer(server.stop.remote(), stage="end of the judge", timeout_s=CLOSE_TIMEOUT_S) for server in servers]
     await asyncio.gather(*closing, return_exceptions=True)  # one that does not answer is killed next
 
@@ -190,6 +189,13 @@ async def _stop_judges(servers: list[Any]) -> None:
 def _judge_timeout_s(config: Config) -> float:
     """Every attempt has its own time-out in the actor; this leaves as much again, and more, for waiting until it is one's turn."""
     return 4 * (config.judge.max_attempts + 1) * config.judge.timeout_s
+
+
+def _at_once(config: Config) -> int:
+    """Episodes in flight: as many as the engines begin with, or as the groups of all slots have once the engines have room for them."""
+    rollout = config.rollout
+    slots = (rollout.max_staleness + 1) * rollout.groups_per_step
+    return max(rollout.num_workers * (rollout.episodes_per_worker or config.engine.max_num_seqs), slots * rollout.group_size)
 
 
 def _episode_timeout_s(config: Config) -> float:

@@ -19,7 +19,7 @@ WEIGHTS_PREFIX = "webdancer-weights-"
 
 
 class LearnerActor:
-    CALLS_ASIDE: ClassVar = {"disk": 1}
+    CALLS_ASIDE: ClassVar = {"disk": 1, "files": 1}
     """Threads of their own for calls that must not wait for a step (see calls.spawn); all others come one by one, on one thread."""
 
     def __init__(
@@ -117,6 +117,7 @@ class LearnerActor:
         return str(self._weights)
 
     def read_file(self, path: str) -> bytes:
+        """In the group `files`."""
         return Path(path).read_bytes()
 
     def remove(self, path: str) -> None:

@@ -6,6 +6,7 @@ without a GPU go to nodes without one as long as there is room (Ray's own order)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def plan_resources(config: Config, available: Mapping[str, float], *, largest_no
             raise ServiceError(
                 f"engine.tensor_parallel_size: must fit on a node, got {engine.tensor_parallel_size} where nodes have {most:g} GPUs at most"
             )
-        share = 1.0 if needed <= gpus else int(100 * gpus / needed) / 100
+        on_one = math.ceil(needed / gpus)  # an actor's share has to be free on one GPU: what is left over of several is of no use
+        share = 1.0 if on_one == 1 else int(100 / on_one) / 100
         worker["num_gpus"] = engine.tensor_parallel_size * share
         rank["num_gpus"] = share
         judge |= {"num_gpus": judge_engine.tensor_parallel_size * share} if judges else {}

@@ -70,6 +70,8 @@ class RemoteRunner:
                 if on_text is not None:
                     on_text(news)
                 return
+            if news.index < len(turns):
+                return  # it came with the episode's end as well
             if news.index == len(turns):
                 turns.append(news.turn)
             if on_turn is not None:

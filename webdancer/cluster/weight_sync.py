@@ -27,17 +27,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from webdancer.cluster.calls import answer
+from webdancer.cluster.calls import ActorLost, answer
 from webdancer.cluster.placement import shares_gpus
 from webdancer.cluster.pool import PooledWorker, WorkerPool
 from webdancer.cluster.services import RemoteLearner
 from webdancer.config import Config, WeightSyncConfig
-from webdancer.errors import CanaryError, EngineFault, ServiceError
+from webdancer.errors import CanaryError, EngineFault, ServiceError, StalledError
 from webdancer.inference.canary import CanaryReport, compare
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+
+class Gone(str):
+    """Why an engine did not answer: that says nothing about its weights."""
+
 
 Outcome = tuple[Mapping[str, float], CanaryReport] | str
 """Timings and canary of an engine that took the weights, or what is wrong with it."""
@@ -105,7 +110,8 @@ class WeightPublisher:
         pool.prepare = self.bring_up_to_date
 
     async def publish(self, version: int) -> Mapping[str, float]:
-        """Raises CanaryError when no engine took the weights and agrees with the learner; an engine alone that does not is replaced.
+        """Raises CanaryError when no engine took the weights and agrees with the learner; an engine alone that does not is replaced, and
+        so are those that die, even if all do.
 
         Seconds of each part, the canary's worst figures over the engines that passed, and the engines' own counters.
         """
@@ -115,7 +121,7 @@ class WeightPublisher:
             export_s, outcomes = await (self._through_files if self._config.backend == "file" else self._directly)(workers, version)
             passed = [outcome for outcome in outcomes if not isinstance(outcome, str)]
             failed = {worker: outcome for worker, outcome in zip(workers, outcomes, strict=True) if isinstance(outcome, str)}
-            if workers and not passed:
+            if failed and not passed and not _all_gone(outcomes):
                 reasons = "; ".join(f"{worker.name}: {reason}" for worker, reason in failed.items())
                 raise CanaryError(f"weights: no engine serves version {version} as the learner computes it: {reasons}")
             for worker, reason in failed.items():
@@ -150,7 +156,7 @@ class WeightPublisher:
         published = await self._export(version)
         export_s = time.perf_counter() - began
         outcomes = await self._update_all(workers, published)
-        if not workers or any(not isinstance(outcome, str) for outcome in outcomes):
+        if _all_gone(outcomes) or any(not isinstance(outcome, str) for outcome in outcomes):
             await self._replace_current(published)
         return export_s, outcomes
 
@@ -201,7 +207,8 @@ class WeightPublisher:
         """References to the bytes of every file, read once, where a worker is on another node than the exporter."""
         if all(worker.node_id == self._exporter_node for worker in workers):
             return {}
-        return {name: self._exporter.read_file.remote(str(published.directory / name)) for name in published.names}
+        read = self._exporter.read_file.options(concurrency_group="files")  # the rank may be in a step, which a newcomer need not wait for
+        return {name: read.remote(str(published.directory / name)) for name in published.names}
 
     async def _update_all(self, workers: Sequence[PooledWorker], published: Published) -> list[Outcome]:
         files = self._files_for(workers, published)
@@ -221,7 +228,8 @@ class WeightPublisher:
             report = compare(scores, expected)
         except Exception as error:  # whatever it is, it is this engine's: it is named, replaced, and the others go on
             log.warning("%s did not take version %d: %s", worker.name, version, error)
-            return f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
+            return Gone(reason) if isinstance(error, ActorLost | StalledError) else reason
         if not report.within(mean=self._config.canary_mean, max=self._config.canary_max):
             return (
                 f"canary: |log p engine - log p learner| is {report.mean:.2e} in the mean (rollout.weights.canary_mean: "
@@ -239,6 +247,10 @@ class WeightPublisher:
         answered = [stats for stats in await asyncio.gather(*calls, return_exceptions=True) if isinstance(stats, Mapping)]
         names = ("kv_usage", "preemptions", "prefix_hit_rate", "generated_tokens", "in_flight", "in_flight_limit")
         return {f"engine/{name}": float(np.mean([stats[name] for stats in answered])) for name in names if answered}
+
+
+def _all_gone(outcomes: Sequence[Outcome]) -> bool:
+    return all(isinstance(outcome, Gone) for outcome in outcomes)
 
 
 def _worst(passed: Sequence[tuple[Mapping[str, float], CanaryReport]]) -> dict[str, float]:

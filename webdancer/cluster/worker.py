@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +25,8 @@ from webdancer.config import EngineConfig, EpisodeConfig, PromptConfig, RewardCo
 from webdancer.errors import EngineFault
 from webdancer.inference.concurrency import INTERVAL_S, Concurrency, EngineLoad
 from webdancer.interfaces import Judge, Policy, Tokenizer, Toolbox
-from webdancer.rollout.watch import Activity, GuardedPolicy, Waiting, WatchedJudge, WatchedToolbox
-from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Turn, TurnNews
+from webdancer.rollout.watch import Activity, GuardedPolicy, RunPolicy, Waiting, WatchedJudge, WatchedToolbox
+from webdancer.types import EpisodeLost, Sampling, ScoredTrajectory, Task, Turn, TurnFinished, TurnNews
 
 BATCH_TURNS_S = 0.08
 """Turns that finish within this time, for each episode in flight, travel together: one episode alone is told of at once, and of dozens the
@@ -105,7 +106,8 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeEnd:
-    """How a run ended, with the turns that no report has carried yet. `moved`: nothing was lost, the worker is to leave."""
+    """How a run ended, with the turns that no report has carried yet; of an episode that goes on elsewhere all of this run's, as the last
+    report may come after this. `moved`: nothing was lost, the worker is to leave."""
 
     outcome: ScoredTrajectory | EpisodeLost
     turns: Sequence[TurnNews]
@@ -143,8 +145,8 @@ class RolloutWorker:
         self._engine = self._make_engine(self._spec, tokenizer)
         await self._engine.start()
         self._policy = GuardedPolicy(self._engine, self._activity, timeout_s=self._spec.episode.turn_timeout_s)
-        self._runner = LocalEpisodeRunner(
-            policy=self._policy,
+        self._runner_of = partial(
+            LocalEpisodeRunner,
             toolbox=WatchedToolbox(self._toolbox, self._activity),
             judge=WatchedJudge(self._judge, self._activity),
             tokenizer=tokenizer,
@@ -167,14 +169,18 @@ class RolloutWorker:
     ) -> EpisodeEnd:
         """`run` is the driver's number for this run of the episode; its turns are reported under it, with `streams` also their text."""
 
+        finished: list[TurnFinished] = []
+
         def tell(news: TurnNews) -> None:
+            if isinstance(news, TurnFinished):
+                finished.append(news)
             self._turns[run].append(news)
             self._news.set()
 
         self._runs.add(run)
         self._num_streams += streams
         try:
-            outcome = await self._runner.run(
+            outcome = await self._runner_of(policy=RunPolicy(self._policy, run)).run(
                 task,
                 member=member,
                 attempt=attempt,
@@ -188,8 +194,9 @@ class RolloutWorker:
             unreported = self._turns.pop(run, [])
             self._runs.discard(run)
             self._idle.set()
-        moved = isinstance(outcome, EpisodeLost) and bool(self._policy.leaving)
-        return EpisodeEnd(outcome=outcome, turns=unreported, moved=moved)
+        if not isinstance(outcome, EpisodeLost):
+            return EpisodeEnd(outcome=outcome, turns=unreported)
+        return EpisodeEnd(outcome=outcome, turns=finished, moved=bool(self._policy.leaving))
 
     async def drain(self, reason: str) -> None:
         """Begin no turn any more; returns once every episode has ended, or can go on elsewhere from its last turn."""

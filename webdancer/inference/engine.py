@@ -267,6 +267,9 @@ class VllmEngine:
         if finish is None:
             raise EngineFault(f"the engine ended a request with {output.finish_reason!r} after {len(token_ids)} tokens")
         logprobs: Any = output.logprobs
+        if logprobs is None or len(logprobs.logprobs) != len(token_ids):
+            found = 0 if logprobs is None else len(logprobs.logprobs)
+            raise EngineFault(f"the engine gave {found} log-probabilities for {len(token_ids)} tokens")
         spans = output.weight_versions or []
         return Completion(
             token_ids=token_ids,

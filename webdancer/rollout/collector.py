@@ -214,6 +214,7 @@ class GroupCollector:
             task = self._next_task()
             if task is None:
                 self._exhausted = True
+                self._changed.set()  # nobody else may, if a timer has called this
                 return
             self._admit(task)
 
@@ -304,6 +305,8 @@ class GroupCollector:
 
     def _stalled(self) -> str:
         running = [held for held in self._slots.held if held.group is None]
+        if not running:
+            return f"rollout: tools are throttled, and no group runs for {self._config.stall_timeout_s:g} s (rollout.stall_timeout_s)"
         oldest = running[0]
         age_s = self._loop.time() - oldest.admitted_s
         stages = self._runner.stages() if isinstance(self._runner, Staged) else ""

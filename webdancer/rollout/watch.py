@@ -107,6 +107,27 @@ class GuardedPolicy:
         return completion
 
 
+class RunPolicy:
+    """interfaces.StreamingPolicy of one run of an episode: its sessions are not those of another run of the same episode, whose keys and
+    values may be of weights that are long gone."""
+
+    def __init__(self, policy: StreamingPolicy, run: int) -> None:
+        self._policy = policy
+        self._run = run
+
+    async def complete(self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str) -> Completion:
+        return await self._policy.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=self._own(session))
+
+    async def stream(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str, on_tokens: OnTokens
+    ) -> Completion:
+        own = self._own(session)
+        return await self._policy.stream(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=own, on_tokens=on_tokens)
+
+    def _own(self, session: str) -> str:
+        return f"{session}#{self._run}"
+
+
 def garbage(completion: Completion, *, max_tokens: int) -> str | None:
     """What no sound engine gives, if there is any of it."""
     if not 0 < len(completion.token_ids) <= max_tokens:
