@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import time
 
 import pytest
 from hypothesis import given
@@ -40,10 +43,37 @@ async def test_money_is_counted_by_provider_and_survives_a_restart(tmp_path):
             await ledger.lease(provider, patience_s=1)
         now[0] += 10
         await ledger.lease(SERPER, patience_s=1)
+        ledger.write()
     assert Ledger(path=path).spent == {"free": {"requests": 2, "usd": 0.0}, "serper": {"requests": 4, "usd": pytest.approx(0.004)}}
     ledger = Ledger(budget_usd=0.005, path=path)
     assert [(await ledger.lease(SERPER, patience_s=1)).refused for _ in range(3)] == ["", "budget", "budget"]
-    assert (await ledger.lease(Provider(name="free", requests_per_s=5.0), patience_s=1)).refused == "", "what costs nothing goes on"
+    assert (await ledger.lease(Provider(name="free", requests_per_s=5.0), patience_s=9)).refused == "", "what costs nothing goes on"
+
+
+async def test_a_quota_holds_over_a_crash(tmp_path, monkeypatch):
+    """Those who hold the leases of the ledger that died still use them."""
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    provider, sent = Provider(name="p", requests_per_s=50.0), []
+    for patience_s in (3.0, 30.0):
+        ledger = Ledger(path=tmp_path / "spending.json", clock=lambda: 7.0)
+        leases = [await ledger.lease(provider, patience_s=patience_s) for _ in range(300)]
+        sent += [lease.delay_s for lease in leases if not lease.refused]
+    assert len(sent) == 151 + 300
+    assert all(later - before >= 1 / 50 - 1e-9 for before, later in itertools.pairwise(sorted(sent)))
+    assert sent[151] <= 3.0 + 2.0, "nor is more of it lost than the file is ahead"
+    monkeypatch.setattr(time, "time", lambda: 2000.0)
+    assert (await Ledger(path=tmp_path / "spending.json").lease(provider, patience_s=0)).delay_s == 0.0
+
+
+async def test_what_was_spent_at_once_is_in_the_file_soon_though_nothing_else_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("webdancer.tools.ledger._WRITE_EVERY_S", 0.01)
+    path = tmp_path / "spending.json"
+    ledger = Ledger(path=path)
+    for _ in range(40):
+        await ledger.lease(SERPER, patience_s=1)
+    async with asyncio.timeout(20):
+        while not path.exists() or json.loads(path.read_text())["serper"]["requests"] != 40:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_budget_that_is_met_exactly_is_not_exceeded():

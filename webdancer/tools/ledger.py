@@ -7,8 +7,9 @@ request, and the money of the run's budget with it, so that neither is ever exce
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -24,6 +25,8 @@ from webdancer.whole_file import write_whole
 
 FILE_NAME = "spending.json"
 _WRITE_EVERY_S = 1.0
+_MAX_BACKLOG_S = 60.0
+"""Nobody waits longer for his turn: what a file says beyond that is the doing of a clock that was set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,9 @@ def bill() -> Bill:
 class Ledger:
     """One quota a provider and one budget for all. `clock` is monotonic, in seconds.
 
-    path: a file that remembers what was spent over all starts of a run, whole at any time and at most a second behind.
+    path: a file that remembers what was spent over all starts of a run, whole at any time and at most a second behind. It also says, by the
+    world's clock, until when leases that were given may be due: a ledger that begins again after a crash gives none before, as those who
+    hold them still use them.
     """
 
     def __init__(self, *, budget_usd: float = 0.0, path: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -104,10 +109,15 @@ class Ledger:
         self._schedules: dict[str, Schedule] = {}
         self._requests: dict[str, int] = {}
         self._usd: dict[str, float] = {}
-        self._written = -math.inf
+        self._leased_until: dict[str, float] = {}
+        self._changed = False
+        self._writing: asyncio.Task[None] | None = None
+        self._one_writer = threading.Lock()
         if path is not None and path.exists():
             for name, spent in json.loads(path.read_bytes()).items():
                 self._requests[name], self._usd[name] = int(spent["requests"]), float(spent["usd"])
+                if "leased_until" in spent:
+                    self._leased_until[name] = float(spent["leased_until"])
 
     @property
     def usd(self) -> float:
@@ -122,12 +132,12 @@ class Ledger:
         price = provider.usd_per_1000 / 1000
         if self._budget_usd and self.usd + price > self._budget_usd + 1e-12 and price:
             return Lease(refused="budget")
-        schedule = self._schedules.setdefault(provider.name, Schedule(provider.requests_per_s, burst=1))  # a quota holds in any second
-        now = self._clock()
-        delay_s = schedule.reserve(now, patience_s=patience_s)
+        delay_s = self._schedule(provider).reserve(self._clock(), patience_s=patience_s)
         if delay_s is None:
             return Lease(refused="quota")
         self._count(provider.name, requests=1, usd=price)
+        if provider.requests_per_s and self._path is not None:
+            await self._promise(provider.name, delay_s)
         return Lease(delay_s=delay_s)
 
     async def pay(self, provider: str, *, requests: int, usd: float) -> bool:
@@ -137,16 +147,47 @@ class Ledger:
         return not self._budget_usd or self.usd < self._budget_usd
 
     def _count(self, name: str, *, requests: int, usd: float) -> None:
-        self._requests[name] = self._requests.get(name, 0) + requests
         self._usd[name] = self._usd.get(name, 0.0) + usd
-        if self._clock() - self._written >= _WRITE_EVERY_S:
-            self.write()
+        self._requests[name] = self._requests.get(name, 0) + requests  # the last: another thread may go by its names
+        self._changed = True
+        if self._path is None:
+            return
+        if self._writing is not None and self._writing.done() and not self._writing.cancelled():
+            self._writing.result()  # raises what keeps it from being written
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.ensure_future(self._keep_written())
+
+    def _schedule(self, provider: Provider) -> Schedule:
+        name = provider.name
+        if name not in self._schedules:
+            schedule = self._schedules[name] = Schedule(provider.requests_per_s, burst=1)  # a quota holds in any second
+            backlog_s = min(_MAX_BACKLOG_S, self._leased_until.get(name, 0.0) - time.time())
+            if backlog_s > 0:
+                schedule.pause(self._clock() + backlog_s)
+        return self._schedules[name]
+
+    async def _promise(self, name: str, delay_s: float) -> None:
+        """The file speaks of a lease before anybody has it; a second in advance, so that it need not be written for each."""
+        due = time.time() + delay_s
+        if due > self._leased_until.get(name, 0.0):
+            self._leased_until[name] = due + _WRITE_EVERY_S
+            await asyncio.to_thread(self.write)
+
+    async def _keep_written(self) -> None:
+        while self._changed:
+            self._changed = False
+            await asyncio.to_thread(self.write)  # the run directory may be on a slow network file system
+            await asyncio.sleep(_WRITE_EVERY_S)
 
     def write(self) -> None:
-        """Bring the file up to date."""
-        if self._path is not None and self._requests:
-            self._written = self._clock()
-            write_whole(self._path, json.dumps(self.spent, indent=1).encode())
+        """Bring the file up to date. From any thread."""
+        if self._path is None or not self._requests:
+            return
+        with self._one_writer:  # the last to write knows most
+            content = {name: dict(spent) for name, spent in self.spent.items()}
+            for name, until in list(self._leased_until.items()):
+                content[name]["leased_until"] = until
+            write_whole(self._path, json.dumps(content, indent=1).encode())
 
 
 def out_of_money() -> ServiceError:
