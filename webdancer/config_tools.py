@@ -112,7 +112,7 @@ class ToolsConfig:
     num_servers: int = 4
     """Tool actors."""
     max_concurrent: int = 64
-    """Calls in flight in one tool actor."""
+    """Calls of one tool in flight in one tool actor: pages do not wait for a search that is throttled."""
     cache_entries: int = 20_000
     """Pages and queries each tool actor remembers for the length of the run; 0: none."""
     cache_dir: str = ""

@@ -150,10 +150,10 @@ def test_a_malformed_line_is_named_and_nothing_is_left(tmp_path, line, said):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-@pytest.mark.parametrize("cut", [3, 40])
-def test_a_gzip_file_that_is_broken_or_cut_off_is_named(tmp_path, cut):
+@pytest.mark.parametrize("damage", [lambda data: b"not gzip", lambda data: data[:40], lambda data: data[:20] + b"\xff" * 40 + data[60:]])
+def test_a_gzip_file_that_is_broken_or_cut_off_is_named(tmp_path, damage):
     data = gzip.compress(b"".join(json.dumps(record).encode() + b"\n" for record in WIKI_18))
-    (tmp_path / "a.jsonl.gz").write_bytes(data[:cut] if cut > 3 else b"not gzip")
+    (tmp_path / "a.jsonl.gz").write_bytes(damage(data))
     with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: must be readable to the end"):
         build_web(tmp_path / "a.jsonl.gz", tmp_path / "web")
     assert not (tmp_path / "web").exists()

@@ -10,12 +10,15 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from webdancer.errors import ServiceError
 from webdancer.offline_web.encyclopedia import Encyclopedia
 from webdancer.offline_web.server import running_server
+from webdancer.offline_web.site import FolderSite
+from webdancer.tools import keys
 
 SMALL = {"seed": 6, "num_entities": 290}
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -192,3 +195,37 @@ def test_a_server_outlives_the_thread_that_started_it():
     assert answers(origin)
     server.__exit__(None, None, None)
     assert not answers(origin)
+
+
+def test_a_body_is_not_read_beyond_what_is_allowed(origin):
+    """A request of a gigabyte costs a megabyte."""
+    host, port = origin.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        chunk, said = b" " * 65_536, b""
+        for _ in range(64):
+            try:
+                connection.sendall(chunk)
+            except OSError:
+                break
+        said = connection.recv(1000)
+    assert b"400" in said.split(b"\r\n")[0]
+
+
+def test_what_is_hidden_in_a_folder_is_not_served(tmp_path):
+    (tmp_path / "a.html").write_text("<p>page</p>")
+    (tmp_path / ".env").write_text("SECRET=1")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("secret")
+    site = FolderSite(tmp_path)
+    assert site.get("/a") is not None
+    assert [site.get(path) for path in ("/.env", "/.git/config", "/%2eenv", "/a/../.env")] == [None] * 4
+
+
+def test_the_child_has_no_keys(monkeypatch):
+    monkeypatch.setenv(keys.SERPER, "canary-0123456789")
+    with running_server(**SMALL):
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        environments = [Path(f"/proc/{child}/environ").read_bytes() for child in children]
+    assert any(b"PYTHONPATH" in environment for environment in environments)
+    assert not any(b"canary-0123456789" in environment for environment in environments)

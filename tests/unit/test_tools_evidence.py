@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from webdancer.tools import evidence
 from webdancer.tools.evidence import find_evidence, first_sentences
 
 PAGE = """# Karo Mil
@@ -88,3 +89,32 @@ def test_a_snippet_is_cut_at_a_sentence_end(limits, expected):
 @given(st.text(max_size=300), st.integers(0, 4), st.integers(1, 100))
 def test_a_snippet_is_never_longer_than_asked(text, max_sentences, max_chars):
     assert len(first_sentences(text, max_sentences=max_sentences, max_chars=max_chars)) <= max_chars
+
+
+@given(
+    st.lists(st.sampled_from(["Owl.", "owls", "\n", "  ", "a", "night!", "x" * 40]), max_size=60).map(" ".join),
+    st.integers(0, 4),
+    st.integers(1, 60),
+)
+def test_of_an_article_only_the_beginning_is_looked_at(text, max_sentences, max_chars):
+    """As if all of it had been."""
+    sentences = [sentence for sentence in evidence._SENTENCE.split(" ".join(text.split())) if sentence][: max_sentences or None]
+    fitting = [" ".join(sentences[:n]) for n in range(len(sentences) + 1) if len(" ".join(sentences[:n])) <= max_chars]
+    expected = fitting[-1] or (evidence._cut(sentences[0], max_chars) if sentences else "")
+    assert first_sentences(text, max_sentences=max_sentences, max_chars=max_chars) == expected
+
+
+def test_what_is_split_into_sentences_is_bounded(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evidence, "_SENTENCE", Sees(evidence._SENTENCE, seen))
+    assert first_sentences("Owls hunt. " * 100_000, max_sentences=0, max_chars=30) == "Owls hunt. Owls hunt."
+    assert max(map(len, seen)) < 1000
+
+
+class Sees:
+    def __init__(self, pattern, seen):
+        self.pattern, self.seen = pattern, seen
+
+    def split(self, text):
+        self.seen.append(text)
+        return self.pattern.split(text)

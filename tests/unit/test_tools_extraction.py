@@ -66,7 +66,23 @@ async def test_waiting_for_nothing_ends_too(pool, monkeypatch):
     assert "Owls" in await read(pool)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGSEGV, signal.SIGKILL])
+async def test_a_worker_that_died_while_nobody_looked_costs_no_page(pool):
+    await asyncio.gather(read(pool), read(pool))
+    for worker in pool._idle:
+        os.kill(worker.process.pid, signal.SIGKILL)
+    assert "Owls" in await read(pool)
+
+
+async def test_a_page_whose_worker_was_killed_for_want_of_memory_is_read_again(pool):
+    """It is the kernel that chose, and not always the one who wanted much."""
+    page = asyncio.ensure_future(read(pool, b"<p>Owls.</p>" * 20_000))
+    while not pool._busy:
+        await asyncio.sleep(0.001)
+    os.kill(next(iter(pool._busy)).process.pid, signal.SIGKILL)
+    assert "Owls." in await page
+
+
+@pytest.mark.parametrize("sign", [signal.SIGSEGV, signal.SIGABRT])
 async def test_a_worker_that_crashes_is_replaced(pool, sign):
     page = asyncio.ensure_future(read(pool, STALLING))
     while not pool._busy:

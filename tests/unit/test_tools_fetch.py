@@ -116,8 +116,9 @@ async def test_a_missing_content_type_must_look_like_text():
         raw(HTML + b"Content-Length: 100\r\n\r\nshort"),
         response(b"not gzip", Content_Encoding="gzip"),
         response(b"x", Content_Encoding="br"),
+        raw(HTML + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"owl " * 1000)[:-9]),
     ],
-    ids=["garbage", "hang-up", "short", "not gzip", "brotli"],
+    ids=["garbage", "hang-up", "short", "not gzip", "brotli", "cut off"],
 )
 async def test_broken_answers_are_failures_and_not_blocks(handler):
     async def then_close(writer):

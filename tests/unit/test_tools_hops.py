@@ -72,6 +72,8 @@ class Pool:
         def answer(request):
             self.asked.append((asyncio.get_running_loop().time(), index, str(request.url)))
             found = self.pages.get(str(request.url))
+            if isinstance(found, list):
+                found = found.pop(0) if len(found) > 1 else found[0]
             if isinstance(found, tuple):
                 return httpx.Response(found[0], headers={"location": found[1]})
             return httpx.Response(404 if found is None else 200, text=found or "", headers={"content-type": "text/plain"})
@@ -161,7 +163,7 @@ def test_redirects_are_counted_over_all_hosts(max_redirects):
 
 
 def test_a_circle_ends_and_nobody_waits_for_anybody():
-    pool = Pool({f"{A}/x": (302, f"{B}/x"), f"{B}/x": (302, f"{A}/x")})
+    pool = Pool({f"{A}/x": (301, f"{B}/x"), f"{B}/x": (308, f"{A}/x")})
     results = run(pool, *[f"{A}/x", f"{B}/x"] * 8)  # a loop without anything to do raises here: see virtual_time
     assert {result.error for result in results} == {"too_many_redirects"}
     assert Counter(pool.pages_asked) == {(0, f"{A}/x"): 1, (1, f"{B}/x"): 1}
@@ -218,6 +220,29 @@ def test_what_was_asked_is_recorded_and_not_the_way(tmp_path):
     answers, miss = asyncio.run(again())
     assert [(answer.text, answer.error) for answer in answers] == [(live.text, None)] * 2
     assert (miss.error, len(RecordingFile(tmp_path / "recording", writable=False))) == ("replay_miss", 1)
+
+
+@pytest.mark.parametrize(("status", "asked"), [(301, 1), (308, 1), (302, 2), (303, 2), (307, 2)])
+def test_only_a_move_for_good_is_remembered(status, asked):
+    """Addresses that are signed for a minute, consent pages and maintenance are not where a page is tomorrow."""
+    pool = Pool({f"{A}/x": [(status, f"{B}/signed-1"), (status, f"{B}/signed-2")], f"{B}/signed-1": "the owl", f"{B}/signed-2": "the owl"})
+
+    async def main():
+        async with pool.opened():
+            return [await pool.visit(f"{A}/x") for _ in range(2)]
+
+    assert [result.error for result in run_virtual(main())] == [None, None]
+    assert Counter(pool.pages_asked)[0, f"{A}/x"] == asked
+
+
+def test_rules_that_are_elsewhere_are_found_without_waiting_for_oneself():
+    """A site without a robots.txt that sends everybody to its front page, and two whose rules are said to be each other's."""
+    pool = Pool({f"{A}/": "front page", f"{A}/x": "page", f"{B}/x": "page"})
+    pool.pages |= {f"{A}/robots.txt": (302, "/"), f"{B}/robots.txt": (302, f"{A}/robots.txt")}
+    assert [result.error for result in run(pool, f"{A}/x", f"{B}/x")] == [None, None]
+    circle = Pool({f"{A}/x": "page", f"{B}/x": "page"})
+    circle.pages |= {f"{A}/robots.txt": (302, f"{B}/robots.txt"), f"{B}/robots.txt": (302, f"{A}/robots.txt")}
+    assert [result.error for result in run(circle, f"{A}/x", f"{B}/x")] == ["unreachable"] * 2
 
 
 def test_an_owner_says_where_a_page_went_and_keeps_what_is_on_its_own_host():

@@ -39,6 +39,8 @@ def test_keys_are_spread():
 def test_pages_of_a_host_are_together_and_those_of_the_own_site_are_not():
     hosts = ["https://Site.org/a", "http://www.site.org:80/b?x=1", " https://site.org "]
     assert {owner_key(visit(url)) for url in hosts} == {"visit site.org"}
+    spellings = ["https://bücher.example.org/", "https://xn--bcher-kva.example.org./", "https://BÜCHER.example。org:443/x"]
+    assert {owner_key(visit(url)) for url in spellings} == {"visit xn--bcher-kva.example.org"}
     own = {owner_key(visit(url), site="http://127.0.0.1:8000") for url in ("/wiki/A", "http://127.0.0.1:8000/wiki/A")}
     assert own == {"visit /wiki/A"}
     assert owner_key(visit("/wiki/B"), site="http://127.0.0.1:8000") not in own

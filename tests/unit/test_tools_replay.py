@@ -159,6 +159,18 @@ async def test_a_recording_that_was_cut_off_by_a_crash_is_whole(tmp_path):
     assert len(RecordingFile(tmp_path / "copy", writable=False)) == 50
 
 
+def test_a_database_of_something_else_is_not_made_a_recording(tmp_path):
+    for path, version in ((tmp_path / "pages.db", 0), (tmp_path / "newer", 2)):
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE pages (url TEXT)")
+            db.execute(f"PRAGMA user_version = {version}")
+        before = path.read_bytes()
+        for writable in (True, False):
+            with pytest.raises(DataError, match="must be a recording of format 1"):
+                RecordingFile(path, writable=writable)
+        assert path.read_bytes() == before
+
+
 PAGE = "<html><body><article><h1>Karo Mil</h1><p>The school of Karo Mil is Bana School, in the north.</p></article></body></html>"
 HITS = '{"result": [[{"document": {"contents": "\\"Karo Mil\\"\\nThe school of Karo Mil.", "url": "/wiki/K"}}]]}'
 

@@ -257,7 +257,7 @@ async def test_a_call_has_a_deadline_and_a_place():
     async with _toolbox({"/silent": endless(b"", b"", pause_s=0.05)}, call_timeout_s=2.0, max_concurrent=1) as (toolbox, _):
         hanging = asyncio.create_task(toolbox.call(_visit("/silent")))
         await asyncio.sleep(0.5)
-        queued = await toolbox.call(_search("Karo Mil"))
+        queued = await toolbox.call(_visit("/wiki/Karo_Mil"))
     assert (await hanging).error == "unavailable"
     assert queued.error is None
     assert queued.latency_s > 0.1
@@ -341,3 +341,24 @@ def test_the_guide_has_every_code():
     guide = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
     passing = {"unreachable", "no_summary", "extraction_timeout", "invalid_arguments", "unknown_tool"}
     assert {code for code in BLOCK_CODES | INFRASTRUCTURE_ERRORS | visit._LASTING | passing if f"`{code}`" not in guide} == set()
+
+
+async def test_a_search_that_waits_for_its_quota_keeps_no_page_waiting():
+    class Waits:
+        usage = ""
+
+        async def __call__(self, arguments):
+            await asyncio.sleep(60)
+
+        async def aclose(self): ...
+
+    class AtOnce(Waits):
+        async def __call__(self, arguments):
+            return ToolResult(text="page")
+
+    async with WebToolbox(ToolsConfig(max_concurrent=2), tools={"search": Waits(), "visit": AtOnce()}) as toolbox:
+        searches = [asyncio.ensure_future(toolbox.call(ToolCall(name="search", arguments={}))) for _ in range(8)]
+        async with asyncio.timeout(5):
+            assert (await toolbox.call(ToolCall(name="visit", arguments={}))).text == "page"
+        for search in searches:
+            search.cancel()

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 from webdancer.errors import ServiceError, UserError
 from webdancer.offline_web.index import Document, Match, SearchIndex
 from webdancer.offline_web.site import StoredSite, address_forms
+from webdancer.tools.keys import ALL_KEYS
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -94,9 +95,11 @@ async def _answer(request: Request, handle: Callable[[dict[str, Any]], Any], *, 
     from starlette.responses import JSONResponse
 
     try:
-        raw = await request.body()
-        if len(raw) > _MAX_BODY_BYTES:
-            raise ValueError(f"body: must be at most {_MAX_BODY_BYTES} bytes, got {len(raw)}")
+        raw = bytearray()
+        async for chunk in request.stream():
+            raw += chunk
+            if len(raw) > _MAX_BODY_BYTES:
+                raise ValueError(f"body: must be at most {_MAX_BODY_BYTES} bytes, got more")
         body = json.loads(raw)
         if not isinstance(body, dict):
             raise ValueError(f"body: must be a JSON object, got {type(body).__name__}")
@@ -219,7 +222,7 @@ def _spawn(listening: socket.socket, stderr: IO[bytes], *, seed: int, num_entiti
         stdin=subprocess.DEVNULL,
         stdout=stderr,
         stderr=stderr,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**{name: value for name, value in os.environ.items() if name not in ALL_KEYS}, "PYTHONPATH": path},  # it parses foreign pages
         start_new_session=True,  # Ctrl-C reaches this process only, which then stops the child in order
     )
 

@@ -52,8 +52,10 @@ class FolderSite:
         return sum(file.stat().st_size for file in self._files())
 
     def get(self, path: str) -> tuple[bytes, str] | None:
-        """Body and content type; None if there is no such file, or if the path leads out of the folder."""
+        """Body and content type; None if there is no such file, or if the path leads out of the folder or to what is hidden in it."""
         relative = unquote(path).strip("/")
+        if any(part.startswith(".") for part in relative.split("/")):
+            return None
         for candidate in (relative, *(relative + suffix for suffix in _HTML), f"{relative}/index.html"):
             try:
                 file = (self._folder / candidate.lstrip("/")).resolve()

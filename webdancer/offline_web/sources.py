@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -92,7 +93,7 @@ def _numbered(raw: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
         number += 1
         try:
             line = lines.readline(_MAX_LINE_BYTES + 1)
-        except (EOFError, OSError) as error:  # a gzip file that is cut off or is none
+        except (EOFError, OSError, zlib.error) as error:  # a gzip file that is cut off, damaged or none
             raise DataError(f"{file}:{number}: must be readable to the end, got {error}") from error
         if len(line) > _MAX_LINE_BYTES:
             raise DataError(f"{file}:{number}: must be a line of at most {_MAX_LINE_BYTES} bytes, got a longer one")

@@ -13,7 +13,8 @@ ACCEPT_ENCODING = "gzip, deflate"
 
 
 async def read_body(chunks: AsyncIterator[bytes], *, encoding: str, max_bytes: int) -> bytes:
-    """The decoded body; raises BlockedUrl("body_too_large") as soon as either the wire or the decoded bytes pass the cap."""
+    """The decoded body; raises BlockedUrl("body_too_large") as soon as either the wire or the decoded bytes pass the cap, FetchFailed for
+    one that is broken or cut off."""
     inflate = _Inflater(encoding)
     parts: list[bytes] = []
     on_wire = decoded = 0
@@ -24,6 +25,7 @@ async def read_body(chunks: AsyncIterator[bytes], *, encoding: str, max_bytes: i
         if on_wire > max_bytes or decoded > max_bytes:
             raise BlockedUrl("body_too_large", f"the page is larger than {max_bytes} bytes")
         parts.append(part)
+    inflate.finish()
     return b"".join(parts)
 
 
@@ -36,11 +38,13 @@ class _Inflater:
             raise FetchFailed(f"the server answered in an encoding that was not asked for: {encoding[:40]}")
         self._deflate = encoding == "deflate"
         self._stream = None if encoding in ("", "identity") else zlib.decompressobj(wbits=47)
+        self._began = False
 
     def feed(self, chunk: bytes, limit: int) -> bytes:
         """At most `limit` decoded bytes; the caller stops at the cap, so what is left over then is never needed."""
         if self._stream is None:
             return chunk
+        self._began = self._began or bool(chunk)
         try:
             try:
                 output = self._stream.decompress(chunk, limit)
@@ -56,3 +60,8 @@ class _Inflater:
             return output
         except zlib.error as error:
             raise FetchFailed(f"the body is not valid compressed data: {error}") from error
+
+    def finish(self) -> None:
+        """There is no more to come."""
+        if self._stream is not None and self._began and not self._stream.eof:
+            raise FetchFailed("the body is cut off")

@@ -59,7 +59,8 @@ def find_evidence(text: str, goal: str, *, max_sentences: int, max_chars: int) -
 
 def first_sentences(text: str, *, max_sentences: int, max_chars: int) -> str:
     """The beginning of a text, cut where a sentence ends, or between words if the first one is too long. 0 sentences: no limit."""
-    sentences = [sentence for sentence in _SENTENCE.split(" ".join(text.split())) if sentence]
+    words = text.split(None, max_chars + 1)[: max_chars + 1]  # no more fit, and the text may be a whole article
+    sentences = [sentence for sentence in _SENTENCE.split(" ".join(words)) if sentence]
     kept = ""
     for sentence in sentences[: max_sentences or None]:
         longer = f"{kept} {sentence}".strip()

@@ -28,6 +28,7 @@ CPU_DEADLINE_S = 5.0
 
 _CLOCK_DEADLINE_S = 8 * CPU_DEADLINE_S  # for a worker that waits for a CPU, or for nothing
 _START_S = 60.0
+_EXIT_S = 10.0
 _QUICK_CHARS = 20_000  # in threads: below it, ranking takes less than a few milliseconds and stays on the event loop
 _JOBS_A_WORKER = 5_000  # parsers leak a little; then a fresh one takes over
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT")
@@ -41,6 +42,10 @@ class ExtractionFailed(Exception):
     def __init__(self, code: ExtractionCode, message: str) -> None:
         super().__init__(message)
         self.code: ExtractionCode = code
+
+
+class _Killed(ExtractionFailed):
+    """Its worker was killed, and not by the page or for it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,19 +88,34 @@ class Extraction:
     async def _do(self, body: bytes, **options: Any) -> Any:
         job = json.dumps(options).encode()
         async with self._places:
-            worker = self._idle.pop() if self._idle else await self._start()
-            self._busy.add(worker)
-            fine = False
             try:
-                answer = await _ask(worker, job, body)
-                fine = worker.jobs < _JOBS_A_WORKER
-            finally:  # whatever it was, also a cancellation: a worker in the middle of a page must go
-                self._busy.remove(worker)
-                if fine:
-                    self._idle.append(worker)
-                else:
-                    _end(worker)
+                answer = await self._attempt(await self._worker(), job, body)
+            except _Killed:  # by the kernel for want of memory, or by a person, perhaps while it was idle
+                answer = await self._attempt(await self._start(), job, body)
         return json.loads(answer)
+
+    async def _attempt(self, worker: _Worker, job: bytes, body: bytes) -> bytes:
+        self._busy.add(worker)
+        fine = False
+        try:
+            answer = await _ask(worker, job, body)
+            fine = worker.jobs < _JOBS_A_WORKER
+        finally:  # whatever it was, also a cancellation: a worker in the middle of a page must go
+            self._busy.remove(worker)
+            if fine:
+                self._idle.append(worker)
+            else:
+                _end(worker)
+        return answer
+
+    async def _worker(self) -> _Worker:
+        """One that lives, of those that wait or anew."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            _end(worker)
+        return await self._start()
 
     async def check(self) -> None:
         """Raises ServiceError, or ImportError in a thread, where pages cannot be read at all."""
@@ -134,10 +154,11 @@ async def _ask(worker: _Worker, job: bytes, body: bytes) -> bytes:
     except TimeoutError:
         raise ExtractionFailed("extraction_timeout", "the page took too long to read") from None
     except (asyncio.IncompleteReadError, ConnectionError):
-        worker.process.kill()  # it has hung up, so it is ending; this only makes sure
-        if await asyncio.to_thread(worker.process.wait) == -signal.SIGPROF:
+        ended = await asyncio.to_thread(_wait, worker.process)  # it has hung up, so it is ending
+        if ended == -signal.SIGPROF:
             raise ExtractionFailed("extraction_timeout", "the page took too long to read") from None
-        raise ExtractionFailed("extraction_failed", "the page could not be read") from None
+        kind = _Killed if ended == -signal.SIGKILL else ExtractionFailed
+        raise kind("extraction_failed", "the page could not be read") from None
 
 
 def _spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
@@ -150,6 +171,14 @@ def _spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
         env={**environment, "PYTHONPATH": os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))},
         start_new_session=True,  # Ctrl-C is for the program that started it
     )
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit status; None where it does not end by itself."""
+    try:
+        return process.wait(timeout=_EXIT_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _end(worker: _Worker) -> None:

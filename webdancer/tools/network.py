@@ -76,6 +76,17 @@ async def checked_addresses(resolve: Resolve, host: str) -> list[IPAddress]:
     return sorted(addresses, key=lambda address: address.version)
 
 
+async def check_host(target: Target, *, timeout_s: float) -> None:
+    """The addresses that a name has now, for a request that somebody else makes. Raises BlockedUrl."""
+    if target.trusted or target.address is not None:
+        return
+    try:
+        async with asyncio.timeout(timeout_s):
+            await checked_addresses(resolve_name, target.host)
+    except TimeoutError:
+        raise BlockedUrl("timeout", f"{target.host} could not be resolved within {timeout_s:g} s") from None
+
+
 class Network:
     """Connection pools of one Fetcher; bound to the event loop of its first request.
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
 from webdancer.tools.arguments import InvalidArguments, strings
+from webdancer.tools.gate import BlockedUrl, FetchPolicy, parse_target
 from webdancer.tools.hops import Hop, Moved
 from webdancer.tools.render import SEPARATOR
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS
@@ -23,6 +24,7 @@ from webdancer.types import ToolCall, ToolResult, by_provider
 LISTS = {"search": "query", "visit": "url"}
 """Tool -> its argument that may be a list. Calls of other tools stay whole."""
 _INVALID = "invalid_arguments"
+_ANYWHERE = FetchPolicy(allowed_ports=tuple(range(1, 65536)))
 Ask = Callable[[ToolCall, Hop | None, Sequence[int]], Awaitable[ToolResult]]
 """A piece, where its page is by now if it is a visit, and the actors in the order in which they may be asked."""
 
@@ -96,7 +98,10 @@ def host_of(url: str, site: str = "") -> str:
     if url.startswith("/") or (site and url.startswith(site.rstrip("/") + "/")):
         return url.removeprefix(site.rstrip("/")) if site else url
     try:
-        host = urlsplit(url).hostname
-    except ValueError:
-        host = None
-    return host.removeprefix("www.") if host else url
+        host = parse_target(url, _ANYWHERE).host
+    except BlockedUrl:  # nobody will be asked for it, or only as an origin that is allowed by name
+        try:
+            host = urlsplit(url).hostname or url
+        except ValueError:
+            host = url
+    return host.removeprefix("www.")

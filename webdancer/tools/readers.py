@@ -13,8 +13,9 @@ from webdancer.tools import keys
 from webdancer.tools.extract import PDF_TYPE, page_lines
 from webdancer.tools.extraction import Extraction, ExtractionFailed
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, check_url
-from webdancer.tools.gate import check_characters
+from webdancer.tools.gate import check_characters, parse_target
 from webdancer.tools.limits import NotAsked
+from webdancer.tools.network import check_host
 from webdancer.tools.polite import PASSING, not_asked_code
 from webdancer.tools.provider import ProviderFailed, WrongShape, ask, items
 from webdancer.tools.result import UNAVAILABLE
@@ -34,11 +35,12 @@ class PageError(Exception):
 
 
 class PageMoved(Exception):
-    """The page is elsewhere. `url` has passed the gate."""
+    """The page is elsewhere. `url` has passed the gate; for good: it will be there next week too (301, 308)."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, for_good: bool) -> None:
         super().__init__(url)
         self.url = url
+        self.for_good = for_good
 
 
 class PageReader(Protocol):
@@ -81,7 +83,7 @@ class DirectReader:
                 raise PageError(UNAVAILABLE, "the server did not answer in time") from error
             raise
         if page.moved_to:
-            raise PageMoved(page.moved_to)
+            raise PageMoved(page.moved_to, for_good=page.status in (301, 308))
         if not page.ok:
             raise _status_error(page.status, own_site=own_site)
         limit = self._config.max_page_chars
@@ -109,11 +111,13 @@ class DirectReader:
 
 class JinaReader:
     """Jina's reader, or one's own instance of it: POST {"url"} -> JSON with the page as markdown. The key may be missing, at 20 pages
-    a minute. Addresses pass the gate here too: what is private is not told to others."""
+    a minute. Addresses pass the gate here too: what is private is not told to others, and an instance of one's own, which may see the
+    inside of the network, is not sent there by a name."""
 
     def __init__(self, fetcher: Fetcher, config: VisitConfig, policy: FetchPolicy) -> None:
         self._fetcher = fetcher
         self._url = (config.url or JINA_ORIGIN).rstrip("/") + "/"
+        self._own = bool(config.url)
         self._policy = policy
         self._max_chars = config.max_page_chars
         self._key = keys.optional_key(keys.JINA)
@@ -122,6 +126,8 @@ class JinaReader:
         return check_url(url, self._policy)
 
     async def read(self, place: str) -> str:
+        if self._own:
+            await check_host(parse_target(place, self._policy), timeout_s=self._policy.timeout_s)
         headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
         try:
             answer = await ask(self._fetcher, self._url, payload={"url": place}, headers=headers)

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ import zstandard
 
 from webdancer.config import ToolsConfig
 from webdancer.errors import ConfigError
+from webdancer.tools.address import is_private_name, is_public
 from webdancer.tools.cache import Kept, SingleFlightCache
 
 V = TypeVar("V")
@@ -153,9 +155,10 @@ class Memory:
 
 
 def is_local(url: str) -> bool:
-    """On this machine, where another server may listen on the same port tomorrow."""
+    """On this machine or inside the network, where another server or another web may be at the same address tomorrow."""
+    host = ""
     try:
         host = urlsplit(url).hostname or ""
+        return not is_public(ip_address(host))
     except ValueError:
-        return False
-    return host == "localhost" or host.startswith("127.") or host == "::1"
+        return bool(host) and is_private_name(host.removesuffix("."))

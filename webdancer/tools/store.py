@@ -119,14 +119,15 @@ class RecordingFile:
     def _open(self, writable: bool) -> sqlite3.Connection:
         mode = "rwc" if writable else "ro"
         db = sqlite3.connect(f"{self._path.resolve().as_uri()}?mode={mode}", uri=True, check_same_thread=False)
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (num_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version != FORMAT and not (writable and version == 0 and num_tables == 0):
+            raise sqlite3.DatabaseError(f"format {version}")
         if writable:
             # One file at all times, whole after a crash of the process; flushing every answer to the disk would hold the tools up.
             db.execute("PRAGMA synchronous = OFF")
+            db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("CREATE TABLE IF NOT EXISTS questions (question BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID")
             db.execute("CREATE TABLE IF NOT EXISTS answers (digest BLOB PRIMARY KEY, body BLOB)")
-            db.execute(f"PRAGMA user_version = {FORMAT}")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
         db.execute("SELECT count(*) FROM questions")
-        if version != FORMAT:
-            raise sqlite3.DatabaseError(f"format {version}")
         return db

@@ -121,7 +121,7 @@ class WebToolbox:
     ) -> None:
         self._tools = open_tools(config) if tools is None else tools
         self._shelf = shelf
-        self._places = asyncio.Semaphore(config.max_concurrent)
+        self._places = {name: asyncio.Semaphore(config.max_concurrent) for name in self._tools}
         self._call_timeout_s = call_timeout_s
 
     async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult:
@@ -159,7 +159,7 @@ class WebToolbox:
         if tool is None:
             return ToolResult(text=f"There is no tool {str(name)[:80]!r}. The tools are: {', '.join(self._tools)}.", error="unknown_tool")
         try:
-            async with asyncio.timeout(self._call_timeout_s), self._places:
+            async with asyncio.timeout(self._call_timeout_s), self._places[str(name)]:
                 return await (tool.visit(arguments, hop) if hop and isinstance(tool, VisitTool) else tool(arguments))
         except InvalidArguments as error:
             return ToolResult(text=f"Invalid arguments: {error}. Write {tool.usage}.", error="invalid_arguments")

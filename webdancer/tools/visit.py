@@ -32,7 +32,7 @@ _NO_SUMMARY = "The webpage content could not be processed, and therefore, no inf
 _LATER = "no proper answer at the moment, please try again later"
 _MAX_CACHED_CHARS = 100_000_000
 _LASTING = frozenset(
-    {"not_found", "http_error", "empty_page", "robots", "content_type", "body_too_large", "too_many_redirects", "extraction_failed"}
+    {"not_found", "http_error", "empty_page", "robots", "content_type", "body_too_large", "extraction_failed", "extraction_timeout"}
 )
 """Codes of pages that will not be better in a minute. All others are forgotten at once."""
 _MOVED = "moved"
@@ -104,6 +104,8 @@ class VisitTool:
                 raise
             return _Found(str(error), error.code)
         except PageMoved as moved:
+            if not moved.for_good:
+                raise
             return _Found(moved.url, _MOVED)
 
     async def _arrive(self, hop: Hop, *, alone: bool) -> tuple[_Found, bool]:
@@ -111,7 +113,10 @@ class VisitTool:
         all_cached = True
         while True:
             began, place = time.monotonic(), self._reader.locate(hop.url)
-            found, cached = await self._texts.get(place, partial(self._read, place))
+            try:
+                found, cached = await self._texts.get(place, partial(self._read, place))
+            except PageMoved as moved:
+                found, cached = _Found(moved.url, _MOVED), False
             all_cached = all_cached and cached
             if found.code != _MOVED:
                 return found, all_cached
