@@ -74,6 +74,33 @@ def test_kinds_learn_their_distribution_from_first_meetings_only():
     assert rates.posterior(question(9999, hops=0))[0] < uneven[0], "as good as never met"
 
 
+def test_kinds_look_the_same_where_groups_that_agree_end_early():
+    """Learned from all members of such groups, this kind would look as even as can be: a strength of 19."""
+    chosen, draw = curriculum(staged_groups=True), random.Random(0)
+    plan = StagePlan(size=8, stop_right=3)
+    for index in range(1500):
+        p = draw.betavariate(2.0, 0.4)
+        correct = [draw.random() < p for _ in range(8)]
+        task = question(index)
+        chosen.observe(index, outcome(task, *(correct[:3] if all(correct[:3]) else correct)), kept=not all(correct[:3]), plan=plan)
+        if index % 500 == 499:
+            chosen.advance()
+    a, b = chosen._rates.posterior(question(9999))
+    assert (a / (a + b), a + b) == (pytest.approx(2.0 / 2.4, rel=0.03), pytest.approx(2.4, rel=0.25))
+
+
+def test_what_was_seen_since_the_last_weights_is_saved_too():
+    """Its questions have left the stream, and would be unknown when they come again."""
+    first, second = curriculum(), curriculum()
+    before = first.expected_mixed(question(0))
+    first.observe(0, outcome(question(0), *[False] * 8), kept=False)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert first.expected_mixed(question(0)) == before, "but it counts only from the next ones on"
+    first.advance()
+    second.advance()
+    assert second.expected_mixed(question(0)) == first.expected_mixed(question(0)) < before
+
+
 def test_what_cannot_be_mixed_is_seldom_asked_and_what_is_mixed_often():
     chosen = curriculum()
     tasks = CyclingTasks(3)

@@ -289,7 +289,7 @@ class GroupCollector:
     def _observe(self, held: Held) -> None:
         """A group is evidence once it has left its slot: until then, a resumed run would sample it again."""
         if held.group is not None:
-            self._curriculum.observe(held.number, held.group, kept=held.kept)
+            self._curriculum.observe(held.number, held.group, kept=held.kept, plan=held.plan)
 
     async def _wait(self) -> None:
         """Until a group finishes or a task dies; StalledError when no member finished for too long."""

@@ -11,14 +11,15 @@ arrived, never on which of several episodes was faster. With `rollout.curriculum
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from webdancer.config import RolloutConfig
 from webdancer.rollout.pass_rates import DISCOUNT, PassRates, mixed_probability
 from webdancer.rollout.stages import StagePlan, is_right, plan_stages
-from webdancer.types import Group, Task
+from webdancer.types import Group, ScoredTrajectory, Task
 
 SHARPNESS = 2
 """1 asks in proportion to the chance of a mixed group; more saves rollouts and asks fewer different questions (docs/algorithm.md)."""
@@ -42,7 +43,7 @@ class Curriculum:
         self._draws = 0
         self._skipped = 0
         self._rates = PassRates()
-        self._pending: list[tuple[int, Group, bool]] = []
+        self._pending: list[tuple[int, Group, bool, StagePlan]] = []
         self._useful, self._rollouts = self._size / 2.0, float(self._size)  # a guess worth one group
 
     def choose(self, tasks: Stream) -> Task | None:
@@ -65,16 +66,15 @@ class Curriculum:
         a, b = self._rates.posterior(task)
         return mixed_probability(a, b, self._size)
 
-    def observe(self, number: int, group: Group, *, kept: bool) -> None:
-        """A group, admitted as the `number`-th, was trained or dropped. It counts from the next `advance` on."""
+    def observe(self, number: int, group: Group, *, kept: bool, plan: StagePlan | None = None) -> None:
+        """A group, admitted as the `number`-th, was trained or dropped; `plan`: how it grew, if not as a whole. It counts from the next
+        `advance` on."""
         if self._learns:
-            self._pending.append((number, group, kept))
+            self._pending.append((number, group, kept, plan or StagePlan(size=self._size)))
 
     def advance(self) -> None:
         """New weights: count what was observed, in the order of admission, and discount everything."""
-        for _, group, kept in sorted(self._pending, key=lambda seen: seen[0]):
-            self._count(group, kept=kept)
-        self._pending.clear()
+        self._count_pending()
         self._rates.version += 1
         self._useful, self._rollouts = DISCOUNT * self._useful, DISCOUNT * self._rollouts
 
@@ -84,10 +84,13 @@ class Curriculum:
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Without what was observed since the last `advance`; right after it there is nothing else. Empty when it is the plain stream."""
+        """What was observed since the last `advance` counts in it: its questions have left the stream. Empty for the plain stream."""
         if not self._learns:
             return {}
-        return {"draws": self._draws, "useful": self._useful, "rollouts": self._rollouts, "rates": self._rates.state_dict()}
+        whole = copy.copy(self)
+        whole._rates, whole._pending = copy.deepcopy(self._rates), list(self._pending)
+        whole._count_pending()
+        return {"draws": whole._draws, "useful": whole._useful, "rollouts": whole._rollouts, "rates": whole._rates.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """An empty state (of a run that did not choose) leaves everything unknown."""
@@ -104,10 +107,17 @@ class Curriculum:
         self._draws += 1
         return random.Random(f"{self._seed}/{self._draws}").random()
 
-    def _count(self, group: Group, *, kept: bool) -> None:
-        valid = [member.reward.answer for member in group.members if member.reward.valid]
-        right = sum(is_right(answer) for answer in valid)
-        if valid:
-            self._rates.observe(group.task, right=right, wrong=len(valid) - right)
-        self._rollouts += len(group.members)
-        self._useful += len(group.members) if kept else 0
+    def _count_pending(self) -> None:
+        for _, group, kept, plan in sorted(self._pending, key=lambda seen: seen[0]):
+            right, wrong = _outcomes(group.members)
+            if right + wrong:
+                self._rates.observe(group.task, right=right, wrong=wrong, first=_outcomes(group.members[: plan.first]))
+            self._rollouts += len(group.members)
+            self._useful += len(group.members) if kept else 0
+        self._pending.clear()
+
+
+def _outcomes(members: Sequence[ScoredTrajectory]) -> tuple[int, int]:
+    """Right and wrong ones among those that are valid."""
+    valid = [is_right(member.reward.answer) for member in members if member.reward.valid]
+    return sum(valid), len(valid) - sum(valid)

@@ -54,14 +54,16 @@ class PassRates:
         right, wrong = self._evidence(task.id)
         return a + right, b + wrong
 
-    def observe(self, task: Task, *, right: int, wrong: int) -> None:
-        """Count a finished group's valid members.
+    def observe(self, task: Task, *, right: int, wrong: int, first: tuple[int, int] | None = None) -> None:
+        """Count a finished group's valid members; `first`, where not all, how many of those were right and wrong that it had to have.
 
         A kind learns only from questions without a record, or a faded one: others were chosen for theirs, and would make it look mixed.
+        And only from the `first` members: groups that agree end early, and would weigh less for having agreed.
         """
         old_right, old_wrong = self._evidence(task.id)
         if old_right + old_wrong < 1.0:
-            self._observe_kind(kind_of(task), right, right + wrong)
+            first_right, first_wrong = first or (right, wrong)
+            self._observe_kind(kind_of(task), first_right, first_right + first_wrong)
         self._questions[task.id] = (old_right + right, old_wrong + wrong, self.version)
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class StagePlan:
     stop_right: int = 0
     stop_wrong: int = 0
 
+    @property
+    def first(self) -> int:
+        """Members that the group has whatever their outcomes."""
+        return self.next_size({}, 0)
+
     def next_size(self, outcomes: Outcomes, size: int) -> int:
         """How many members the group has after its first `size`: more of them, or the same number, which ends it."""
         known = [outcome for outcome in outcomes.values() if outcome is not None]
