@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from webdancer.errors import DataError
+from tests.virtual_time import run_virtual
+from webdancer.errors import DataError, ServiceError
 from webdancer.offline_web.encyclopedia import Encyclopedia
 from webdancer.offline_web.server import running_server
-from webdancer.synthesis.crawl import FORBIDDEN, crawl, read_crawl
+from webdancer.synthesis.crawl import FORBIDDEN, crawl
 from webdancer.synthesis.frontier import CrawlBudget, Frontier, Visit, link_score
 from webdancer.synthesis.page import FactValue, parse_page
-from webdancer.tools.fetch import Fetcher, FetchPolicy
+from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy
 
 SITE = "http://web.test"
 
@@ -105,6 +106,18 @@ def test_a_redirect_to_a_page_that_is_there_already_counts_once():
     assert [page.url for page in run(web).pages] == ["/", "/new"]
 
 
+def test_links_lead_to_the_addresses_that_answer(tmp_path):
+    box = "<table class=infobox><tr><th>next</th><td><a href='{0}'>P</a></td></tr></table><a href='{0}'>P</a><a href='{0}/'>again</a>"
+    pages = {"/": box.format("/1"), "/1": Answer(SITE + "/1/", 200, "text/html", box.format("/2")), "/1/": box.format("/2")}
+    pages |= {"/2": Answer(SITE + "/2/", 200, "text/html", box.format("/3")), "/2/": box.format("/3")}
+    found = asyncio.run(crawl(["/"], fetch=FakeWeb(pages).fetch, site=SITE, folder=tmp_path))
+    assert [page.url for page in found.pages] == ["/", "/1/", "/2/"]
+    assert [page.links for page in found.pages] == [("/1/",), ("/2/",), ("/3", "/3/")]
+    assert [page.link_texts for page in found.pages] == [("P",), ("P",), ("P", "again")]
+    assert [page.facts["next"][0].url for page in found.pages] == ["/1/", "/2/", "/3"]
+    assert asyncio.run(crawl(["/"], fetch=FakeWeb({}).fetch, site=SITE, folder=tmp_path)).pages == found.pages
+
+
 def test_robots_are_obeyed_and_a_site_that_does_not_say_its_rules_is_left_alone():
     pages = {"/": links("/private/x", "/public"), "/private/x": links(), "/public": links()}
     rules = Answer(SITE + "/robots.txt", 200, "text/plain", "User-agent: *\nDisallow: /private")
@@ -112,8 +125,61 @@ def test_robots_are_obeyed_and_a_site_that_does_not_say_its_rules_is_left_alone(
     assert [page.url for page in found.pages] == ["/", "/public"]
     assert found.failed == {SITE + "/private/x": FORBIDDEN}
     web = FakeWeb({**pages, "/robots.txt": RuntimeError("down")})
-    assert run(web).failed == {SITE + "/": FORBIDDEN}
+    with pytest.raises(ServiceError, match=r"tools\.visit\.site: .*/ must answer with pages, got 'robots\.txt cannot be had'"):
+        run(web)
     assert web.asked == ["/robots.txt"]
+
+
+class Outage(FakeWeb):
+    """Does not answer from one request to another, with or without its robots.txt."""
+
+    def __init__(self, pages, away, error):
+        super().__init__(pages)
+        self.away, self.error = away, error
+
+    async def fetch(self, url):
+        page = await super().fetch(url)
+        if len(self.asked) in self.away and not url.endswith("robots.txt"):
+            if isinstance(self.error, Exception):
+                raise self.error
+            return Answer(url, self.error, "text/html", "later")
+        return page
+
+
+SILENCE = [FetchFailed("refused"), BlockedUrl("timeout"), BlockedUrl("dns_failure"), 503, 429]
+
+
+@pytest.mark.parametrize("error", SILENCE, ids=str)
+def test_a_site_that_goes_away_ends_the_crawl_and_the_next_start_goes_on(tmp_path, error):
+    def crawl_into(name, web):
+        return run_virtual(crawl(["/"], fetch=web.fetch, site=SITE, budget=CrawlBudget(concurrency=3), folder=tmp_path / name))
+
+    whole = crawl_into("whole", FakeWeb(graph(40)))
+    for away in (range(2, 10_000), range(9, 10_000), range(30, 10_000)):
+        with pytest.raises(ServiceError, match=r"tools\.visit\.site: http://web\.test/.* must answer with pages"):
+            crawl_into("parts", Outage(graph(40), away, error))
+    assert crawl_into("parts", FakeWeb(graph(40))) == whole
+    assert crawl_into("short", Outage(graph(40), range(9, 16), error)) == whole
+    for name in ("parts", "short"):
+        for file in ("pages.jsonl", "left_out.jsonl"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_what_a_site_that_is_there_does_not_answer_is_that_pages_failure():
+    web = FakeWeb({"/": links("/gone", "/slow", "/ok"), "/gone": Answer(SITE, 503, "", ""), "/slow": BlockedUrl("timeout"), "/ok": links()})
+    found = run_virtual(crawl(["/"], fetch=web.fetch, site=SITE))
+    assert [page.url for page in found.pages] == ["/", "/ok"]
+    assert list(found.failed.values()) == ["status 503, no content type, from http://web.test", "BlockedUrl: timeout"]
+    assert web.asked.count("/slow") == 2
+
+
+def test_a_crawl_that_found_no_page_is_none_and_begins_anew(tmp_path):
+    assert asyncio.run(crawl(["/", "/b"], fetch=FakeWeb({}).fetch, site=SITE, folder=tmp_path)).pages == ()
+    web = FakeWeb({"/b": links("/")})
+    assert [page.url for page in asyncio.run(crawl(["/", "/b"], fetch=web.fetch, site=SITE, folder=tmp_path)).pages] == ["/b"]
+    web = FakeWeb({})
+    assert [page.url for page in asyncio.run(crawl(["/", "/b"], fetch=web.fetch, site=SITE, folder=tmp_path)).pages] == ["/b"]
+    assert web.asked == []
 
 
 def test_an_infobox_of_any_site_is_read_and_other_tables_are_not():
@@ -231,7 +297,6 @@ def test_a_crawl_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path, by
             file.write(b'{"visit": 99, "torn')
     again = asyncio.run(crawl_into("parts"))
     assert again.pages == whole.pages
-    assert tuple(read_crawl(tmp_path / "parts")) == whole.pages
     for name in ("pages.jsonl", "left_out.jsonl"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(DataError, match="must hold a crawl of the same roots and settings"):
@@ -268,6 +333,5 @@ def test_the_gate_is_not_bypassed(small_world):
         async with Fetcher(FetchPolicy()) as fetcher:
             return await crawl(["/"], fetch=fetcher.fetch, site=small_world)
 
-    found = asyncio.run(blocked())
-    assert found.pages == ()
-    assert found.failed == {f"{small_world}/": FORBIDDEN}
+    with pytest.raises(ServiceError, match=r"must answer with pages, got 'robots\.txt cannot be had'"):
+        asyncio.run(blocked())
