@@ -14,9 +14,11 @@ from webdancer.errors import ConfigError, DataError, ServiceError
 from webdancer.offline_web.index import Document, SearchIndex
 from webdancer.tools import keys
 from webdancer.tools.provider import ProviderFailed
-from webdancer.tools.render import SEPARATOR
+from webdancer.tools.render import SEPARATOR, Hit
 from webdancer.tools.result import INFRASTRUCTURE_ERRORS
+from webdancer.tools.search import SearchTool
 from webdancer.tools.search_backends import open_backend
+from webdancer.tools.shelf import Memory
 from webdancer.tools.toolbox import WebToolbox
 from webdancer.types import ToolCall
 
@@ -196,13 +198,39 @@ async def test_dates_and_sources_are_shown_in_the_released_form():
 
 
 @pytest.mark.parametrize("query", ["word " * 150, "x" * 900, "a " * 40 + "y" * 500])
-async def test_brave_gets_a_query_that_it_takes(query):
+async def test_brave_and_tavily_get_a_query_that_they_take(query):
     async with _asking("brave", _json({})) as (ask, server):
         await ask(query)
     (asked,) = parse_qs(server.requests[0].split(" ")[1].partition("?")[2])["q"]
-    assert 0 < len(asked) <= 400
     assert len(asked.split()) <= 50
-    assert query.startswith(asked)
+    async with _asking("tavily", _json({"results": []})) as (ask, server):
+        await ask(query)
+    for short in (asked, json.loads(server.bodies[0])["query"]):
+        assert 0 < len(short) <= 400
+        assert query.startswith(short)
+
+
+async def test_an_instance_whose_engines_refuse_it_is_an_outage_that_passes():
+    refused = {"results": [], "unresponsive_engines": [["google", "Suspended: too many requests"], ["brave", "timeout"]]}
+    partly = {**_answer("searxng"), "unresponsive_engines": [["google", "CAPTCHA"]]}
+    answers = [_json(refused), _json(partly)]
+
+    async def in_turn(writer):
+        await answers.pop(0)(writer)
+
+    async with _asking("searxng", in_turn) as (ask, _):
+        assert (await ask("Karo Mil")).error == "unavailable"
+        assert (await ask("Karo Mil")).text == OBSERVATION
+
+
+async def test_that_nothing_was_found_is_remembered_for_as_long_as_that_a_page_is_not_there():
+    class Engine:
+        async def search(self, query):
+            return [Hit(title="T", url="/t", snippet="S.")] if query == "owl" else []
+
+    tool = SearchTool(Engine(), SearchConfig(), Memory(ToolsConfig(cache_negative_hours=0.0)))
+    found = [[(await tool({"query": query})).cached for _ in range(2)] for query in ("owl", "nothing")]
+    assert found == [[False, True], [False, False]]
 
 
 async def test_an_index_file_answers_without_a_server(tmp_path):

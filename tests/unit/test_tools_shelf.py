@@ -46,6 +46,27 @@ async def test_a_file_that_is_no_database_is_begun_anew(tmp_path):
     await file.aclose()
 
 
+async def test_what_may_pass_costs_no_cache(tmp_path, monkeypatch):
+    """Days of paid results stay where they are; the run that cannot open them says so."""
+    monkeypatch.setattr("webdancer.tools.shelf._PATIENCE_S", 0.01)
+    path = tmp_path / "shard-0.sqlite"
+    file = ShelfFile(path)
+    await plain(file).put("k", Kept("v", 1.0))
+    await file.aclose()
+    with sqlite3.connect(path, isolation_level=None) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match=r"tools\.cache_dir: .* is locked"):
+            ShelfFile(path)
+    other.close()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"tools\.cache_dir: .*unable to open"):
+        ShelfFile(tmp_path / "folder")
+    file = ShelfFile(path)
+    assert await plain(file).get("k") == Kept("v", 1.0)
+    await file.aclose()
+
+
 async def test_a_value_that_cannot_be_read_is_a_miss(tmp_path):
     path = tmp_path / "shard-0.sqlite"
     file = ShelfFile(path)

@@ -38,6 +38,7 @@ class SearchTool:
             size_of=_num_chars,
             encode=lambda hits: [dataclasses.astuple(hit) for hit in hits],
             decode=lambda rows: [Hit(**dict(zip(_FIELDS, row, strict=True))) for row in rows],
+            is_negative=lambda hits: not hits,
             on_shelf=lambda query: config.backend != "index" and not is_local(config.url),
         )
 

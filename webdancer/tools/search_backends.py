@@ -18,15 +18,16 @@ from webdancer.config import SearchConfig
 from webdancer.errors import ConfigError
 from webdancer.tools import keys
 from webdancer.tools.fetch import Fetcher, FetchPolicy, OpenFetcher
-from webdancer.tools.provider import WrongShape, ask, items, text_of
+from webdancer.tools.provider import ProviderFailed, WrongShape, ask, items, text_of
 from webdancer.tools.render import Hit
+from webdancer.tools.result import UNAVAILABLE
 
 if TYPE_CHECKING:
     from webdancer.offline_web.index import SearchIndex
 
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _TAG = re.compile(r"</?[a-z]{1,10}>")
-_BRAVE_CHARS, _BRAVE_WORDS = 400, 50  # of a query; more is an error there
+_BRAVE_WORDS, _MAX_CHARS = 50, 400  # of a query for Brave, for Brave and Tavily; more is an error there
 
 
 class SearchBackend(Protocol):
@@ -78,22 +79,21 @@ class BraveSearch(HttpSearch):
         self._key = keys.read_key(keys.BRAVE, needed_for="tools.search.backend 'brave'")
 
     async def search(self, query: str) -> list[Hit]:
-        words = " ".join(query.split()[:_BRAVE_WORDS])
-        short = words if len(words) <= _BRAVE_CHARS else words[: _BRAVE_CHARS + 1].rpartition(" ")[0] or words[:_BRAVE_CHARS]
+        short = _cut(" ".join(query.split()[:_BRAVE_WORDS]))
         asked = {"q": short, "count": self._top_k, "text_decorations": "false", "result_filter": "web"}
         headers = {"X-Subscription-Token": self._key.reveal()}
         return _brave(await ask(self._fetcher, f"{self._url}/res/v1/web/search?{_encoded(asked)}", headers=headers))
 
 
 class TavilySearch(HttpSearch):
-    """Tavily: POST /search, at its basic depth."""
+    """Tavily: POST /search, at its basic depth. A longer query than it takes is cut between words."""
 
     def __init__(self, fetcher: Fetcher, url: str = "", *, top_k: int) -> None:
         super().__init__(fetcher, url or "https://api.tavily.com", top_k=top_k)
         self._key = keys.read_key(keys.TAVILY, needed_for="tools.search.backend 'tavily'")
 
     async def search(self, query: str) -> list[Hit]:
-        payload = {"query": query, "max_results": self._top_k, "search_depth": "basic"}
+        payload = {"query": _cut(query), "max_results": self._top_k, "search_depth": "basic"}
         headers = {"Authorization": f"Bearer {self._key.reveal()}"}
         return _results(await ask(self._fetcher, f"{self._url}/search", payload=payload, headers=headers), date="published_date")
 
@@ -103,7 +103,12 @@ class SearxngSearch(HttpSearch):
 
     async def search(self, query: str) -> list[Hit]:
         asked = {"q": query, "format": "json", "pageno": 1}
-        return _results(await ask(self._fetcher, f"{self._url}/search?{_encoded(asked)}"), date="publishedDate")
+        answer = await ask(self._fetcher, f"{self._url}/search?{_encoded(asked)}")
+        hits = _results(answer, date="publishedDate")
+        if not hits and answer.get("unresponsive_engines"):
+            # Suspended, asked for a captcha, too slow: SearXNG answers 200 with nothing, where a search engine hardly ever finds nothing.
+            raise ProviderFailed(UNAVAILABLE, "the engines behind it do not answer")
+        return hits
 
 
 class IndexSearch:
@@ -209,6 +214,10 @@ def _results(answer: Any, *, date: str) -> list[Hit]:
         Hit(title=text_of(item, "title"), url=text_of(item, "url"), snippet=text_of(item, "content"), date=text_of(item, date))
         for item in items(answer, "results")
     ]
+
+
+def _cut(query: str) -> str:
+    return query if len(query) <= _MAX_CHARS else query[: _MAX_CHARS + 1].rpartition(" ")[0] or query[:_MAX_CHARS]
 
 
 def _encoded(asked: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ _TABLE = (
     "CREATE INDEX IF NOT EXISTS by_expiry ON kept (expires)",
 )
 _PUTS_BETWEEN_CLEANINGS = 2_000
+_BROKEN = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+_PATIENCE_S = 10.0  # with others who write to the file
 
 
 class ShelfFile:
@@ -43,14 +45,9 @@ class ShelfFile:
         self._num_puts = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db: sqlite3.Connection | None = _open(path)
-        except sqlite3.DatabaseError:
-            _LOG.warning("cache %s: not a readable database, begun anew", path)
-            for broken in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-                broken.unlink(missing_ok=True)
-            self._db = _open(path)
-        except OSError as error:
-            raise ConfigError(f"tools.cache_dir: must be a writable directory, got {str(path.parent)!r}: {error.strerror}") from error
+            self._db: sqlite3.Connection | None = _open_or_begin_anew(path)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"tools.cache_dir: must be a directory for databases, got {str(path.parent)!r}: {error}") from error
 
     async def run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """What the work gives, None where the file fails; after that it is left alone."""
@@ -113,12 +110,30 @@ class Space(Generic[V]):
         return db.execute("SELECT expires, body FROM kept WHERE space = ? AND key = ?", (self._name, key)).fetchone()
 
 
+def _open_or_begin_anew(path: Path) -> sqlite3.Connection:
+    """Only what can never be read again is cleared away. All else (locked, full, no descriptors left) may pass, and days of paid results
+    may be in the file."""
+    try:
+        return _open(path)
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
+            raise
+    _LOG.warning("cache %s: not a readable database, begun anew", path)
+    for broken in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        broken.unlink(missing_ok=True)
+    return _open(path)
+
+
 def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last values, never break the file
-    for statement in _TABLE:
-        db.execute(statement)
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=_PATIENCE_S)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last values, never break the file
+        for statement in _TABLE:
+            db.execute(statement)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
