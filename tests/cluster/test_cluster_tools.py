@@ -92,7 +92,7 @@ async def test_two_nodes_together_never_exceed_a_quota_and_a_recording_of_both_i
             await ask_all(toolbox_over(servers), queries)
             # The two checks at the start, one an actor, were leases as well; what is sent cannot be earlier than its lease allows.
             for number, (at, _) in enumerate(sorted(asked), start=1):
-                assert at - started >= (number - RATE) / RATE - 1e-3, f"request {number} of {len(asked)}"
+                assert at - started >= (number - 1) / RATE - 1e-3, f"request {number} of {len(asked)}"
             assert len(asked) == 100
             spent = await answer(ledger.spent.remote(), stage="ledger", timeout_s=30)
             assert spent["retrieve"]["requests"] == 102
