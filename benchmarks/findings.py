@@ -111,7 +111,7 @@ class Bench:
             settings.append(f"sft.data={data}")
         else:
             steps = self._steps_of(cell, seed)
-            settings += [f"rl.data={self._pool(cell, seed, warm)}", f"evaluation.data={self.questions}", f"rl.num_steps={steps}"]
+            settings += [f"rl.data={self._pool(cell, seed, warm)}", f"rl.num_steps={steps}"]  # evaluated by a command of its own
         if not (directory / "model").exists():
             self._command([cell.train], directory, seed, settings, alter=cell.alter, may_stop=cell.train == "rl")
         done = max(read_metrics(directory).get("rl", {}), default=0)

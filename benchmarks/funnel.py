@@ -22,7 +22,7 @@ from typing import Any
 
 from webdancer.data.demonstrations import write_demonstrations
 from webdancer.data.jsonl import write_rows
-from webdancer.evaluation.metrics import Estimate, estimate
+from webdancer.evaluation.metrics import Estimate, estimate, mean_of
 from webdancer.evaluation.results import read_evaluation
 from webdancer.synthesis.funnel import NEEDED, STAGES
 from webdancer.telemetry.jsonl import read_jsonl
@@ -86,7 +86,7 @@ def run_cell(run_dir: Path, teacher: Path, arm: str, seed: int, *, budget: int, 
         "share_right": sum(row["sampling"]["verdict"] == "correct" for row in chosen) / len(chosen),
         "pass_at_1": {row.task_id: sum(row.samples_correct) / len(row.samples_correct) for row in rows},
         "greedy": {row.task_id: float(bool(row.greedy_correct)) for row in rows},
-        "well_formed": sum(row.format_ok for row in rows) / len(rows),
+        "well_formed": mean_of(row.format_ok for row in rows),
     }
 
 

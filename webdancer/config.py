@@ -238,7 +238,7 @@ class RlConfig:
     normalize_std: bool = True
     """Advantages divided by the group's standard deviation; false: R - mean (Dr. GRPO)."""
     evaluate_every: int = 10
-    """0: only before and after."""
+    """Steps between evaluations on the held-out questions, if there are any; 0: only before and after."""
     save_every: int = 5
     """Steps between checkpoints; 0: only after the last one."""
     clip_low: float = 0.2

@@ -82,7 +82,8 @@ async def sft(config: Config, telemetry: Telemetry, open_services: OpenServices)
 
 
 async def rl(config: Config, telemetry: Telemetry, open_services: OpenServices) -> str:
-    """DAPO on `rl.data`, or on the run directory's RL pool; resumes from its checkpoints, exports to `model/`."""
+    """DAPO on `rl.data`, or on the run directory's RL pool; resumes from its checkpoints, exports to `model/`. Where there are held-out
+    questions, they are asked before and after as well."""
     files = whole.RunFiles(run_dir=Path(config.run_dir))
     tasks = read_tasks(config.rl.data or files.rl_tasks)
     heldout = _evaluation_tasks(config)
@@ -91,9 +92,13 @@ async def rl(config: Config, telemetry: Telemetry, open_services: OpenServices) 
             cursor = await whole.load_cursor(files, live.learner)
             await live.weights.publish(live.learner.version)
             resume = cursor if cursor and cursor["phase"] == "rl" else None
+            if heldout and resume is None:
+                await whole.evaluate_once(webbed, files, heldout, live, telemetry, stage="rl-0")
             with telemetry.phase("RL"):
                 await train(webbed, TaskStream(tasks, seed=config.seed), heldout, live, telemetry, resume=resume)
             await live.learner.export(files.model)
+            if heldout:
+                await whole.evaluate_once(webbed, files, heldout, live, telemetry, stage=f"rl-{config.rl.num_steps}")
     return f"model: {files.model}"
 
 

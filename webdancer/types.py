@@ -195,6 +195,8 @@ class Trajectory:
     versions: NDArray[np.int32]
     stop: StopReason
     answer: str | None
+    uses_before: tuple[ToolUse, ...] = ()
+    """What its prompt took, where a search was made for it."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs), len(self.versions)}
@@ -211,7 +213,7 @@ class Trajectory:
 
     @property
     def tool_uses(self) -> tuple[ToolUse, ...]:
-        return tuple(use for turn in self.turns if turn.result is not None for use in turn.result.uses)
+        return (*self.uses_before, *(use for turn in self.turns if turn.result is not None for use in turn.result.uses))
 
     @property
     def start_version(self) -> int | None:

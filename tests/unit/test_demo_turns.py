@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import string
 from contextlib import aclosing
 from itertools import pairwise
@@ -180,8 +181,8 @@ def test_who_stops_listening_ends_the_episode():
     assert asyncio.run(scenario()) == []
 
 
-def post(runner, body, *, content=None, headers=None, host="127.0.0.1:5"):
-    app = build_app(runner, model="m", sampling=Sampling(), site="http://s")
+def post(runner, body, *, content=None, headers=None, host="127.0.0.1:5", listens_on="127.0.0.1"):
+    app = build_app(runner, model="m", sampling=Sampling(), site="http://s", host=listens_on)
 
     async def send():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}") as client:
@@ -222,7 +223,17 @@ def test_a_bad_request_is_refused_with_its_reason(request_, said):
 
 def test_the_server_answers_to_its_own_names_only():
     assert post(make_runner([answer("a")]), {"question": "?"}, host="localhost:5").status_code == 200
-    assert post(make_runner([]), {"question": "?"}, host="rebound.example:5").status_code == 400
+    for host in ("rebound.example:5", "192.0.2.7:5", "127.0.0.1.evil.example", "[::1", "@"):
+        assert post(make_runner([]), {"question": "?"}, headers={"host": host}).status_code == 400
+    assert post(make_runner([answer("a")]), {"question": "?"}, headers={"host": "[::1]:5"}, listens_on="::1").status_code == 200
+
+
+def test_a_server_that_listens_everywhere_is_an_address_or_the_machine():
+    for host in ("192.0.2.7:5", "[2001:db8::1]:5", "LOCALHOST", f"{socket.gethostname()}:5"):
+        assert post(make_runner([answer("a")]), {"question": "?"}, headers={"host": host}, listens_on="0.0.0.0").status_code == 200
+    for host in ("rebound.example", "192.0.2.7.evil.example", ""):
+        refused = post(make_runner([]), {"question": "?"}, headers={"host": host}, listens_on="0.0.0.0")
+        assert (refused.status_code, refused.text) == (400, "host: must be a name of this server")
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_line():

@@ -167,6 +167,18 @@ def test_a_verdict_that_nobody_can_pay_for_ends_the_run(tmp_path):
     assert len(rows_of(tmp_path, 1)) == 4, "nothing is written about it"
 
 
+def test_what_a_lost_attempt_cost_is_not_forgotten_when_it_is_made_again(tmp_path):
+    use = JudgeUse(requests=1, prompt_tokens=10, usd=0.5)
+    silent = {"unknown": [("q0", 1)], "silent": [("q0", 1)]}
+    config = make(tmp_path, "evaluation.rounds=1", "evaluation.num_tasks=1")
+    first = Runner(use=use, **silent)
+    assert evaluated(config, first).judge_usd == 0.5
+    second = Runner(use=use)
+    found = evaluated(config, second)
+    assert second.ran == [("q0", 1)]
+    assert (found.judge_requests, found.judge_tokens, found.judge_usd) == (2, 20, 1.0)
+
+
 def test_a_run_whose_judge_was_away_has_no_score(tmp_path):
     figures = evaluated(make(tmp_path, "evaluation.rounds=1"), Runner(unknown=[(task.id, 1) for task in TASKS]))
     assert figures.unknown == 1.0

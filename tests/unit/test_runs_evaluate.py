@@ -12,8 +12,9 @@ from tests.rollout_fakes import TimedRunner, make_member, make_task
 from tests.runs_fakes import FakeLearner, make_config, make_services, open_telemetry
 from tests.virtual_time import run_virtual
 from webdancer.data.tasks import TaskStream
+from webdancer.evaluation.metrics import summary
 from webdancer.evaluation.results import read_evaluation
-from webdancer.runs.evaluate import MAX_LOST, BoundedRunner, evaluate, evaluate_stage
+from webdancer.runs.evaluate import MAX_LOST, BoundedRunner, evaluate, evaluate_stage, evaluation_row
 from webdancer.runs.rl import train
 from webdancer.telemetry.recorder import read_trajectories
 from webdancer.telemetry.telemetry import read_metrics
@@ -67,8 +68,26 @@ def test_what_infrastructure_took_counts_nowhere():
 
 
 def test_a_question_of_which_nothing_came_back_is_a_row_without_a_verdict():
-    (row, *_) = rows_of(Runner(lost=[("t0", member) for member in range(3)]))
+    rows = rows_of(Runner(lost=[("t0", member) for member in range(3)]))
+    (row, *_) = rows
     assert (row.greedy_correct, row.samples_correct, row.answer, row.stop) == (None, (), None, "failed")
+    assert (row.num_tool_calls, row.format_ok) == (None, None)
+    assert summary(rows)["all/format"] == 1.0, "what infrastructure took is no fault of the policy's form"
+    assert "all/format" not in summary([row])
+
+
+@pytest.mark.parametrize(("hops", "read"), [(None, 0), ("two", 0), ("2", 2), (2.5, 0), ([1], 0), (3, 3)])
+def test_hops_that_are_no_number_are_none(hops, read):
+    task = dataclasses.replace(TASKS[0], metadata={"hops": hops})
+    assert evaluation_row(task, None, []).hops == read
+
+
+def test_a_repetition_penalty_set_by_hand_holds_for_held_out_questions(tmp_path):
+    runner = Runner()
+    config = make_config(tmp_path, "evaluation.repetition_penalty=1.2", "evaluation.num_samples=1")
+    with open_telemetry(config) as telemetry:
+        run_virtual(evaluate_stage(config, TASKS, runner, telemetry, stage="s", version=0))
+    assert {sampling.repetition_penalty for (_, member), (sampling,) in runner.sampling.items() if member} == {1.2}
 
 
 @pytest.mark.parametrize("num_tasks", [0, 2])
@@ -132,6 +151,21 @@ def test_a_training_run_evaluates_on_half_of_its_places(tmp_path):
     at_once = Counter(time for time, evaluates in runner.starts if evaluates)
     assert set(at_once.values()) == {4}
     assert len(read_evaluation(tmp_path / "evaluations" / "rl-1.json").rows) == 4
+
+
+def test_rollouts_start_while_the_loop_evaluates(tmp_path):
+    """The whole loop with a step of slack: groups that do not count are replaced while held-out questions are being asked."""
+    places = ["rollout.num_workers=1", "rollout.episodes_per_worker=8", "rollout.max_staleness=1"]
+    config = make_config(tmp_path, "rl.num_steps=2", "rl.evaluate_every=1", "evaluation.num_samples=9", *places)
+    runner = FewPlaces(8)
+    runner.correct = lambda task, attempt, member: member % 2 == 0 or int(task.id.strip("ht")) % 6 > 0  # five of six groups are dropped
+    tasks, heldout = [make_task(index) for index in range(60)], [dataclasses.replace(task, id=f"h{task.id}") for task in TASKS]
+    with open_telemetry(config) as telemetry:
+        run_virtual(train(config, TaskStream(tasks, seed=0), heldout, make_services(FakeLearner([]), runner=runner), telemetry))
+    evaluating = [time for time, evaluates in runner.starts if evaluates]
+    assert len(evaluating) == 40
+    meanwhile = [time for time, evaluates in runner.starts if not evaluates and evaluating[0] < time < evaluating[-1]]
+    assert len(set(meanwhile)) > 3, "at several times between the evaluation's first episode and its last"
 
 
 def test_without_samples_only_the_greedy_episode_runs():

@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.fakes import answer, make_tokenizer, search
+from tests.rollout_fakes import TimedRunner, make_task
 from tests.runs_fakes import FakeLearner, make_config, make_services, open_telemetry
 from tests.virtual_time import run_virtual
 from webdancer import start
 from webdancer.agent.prompt import Message
 from webdancer.data.demonstrations import Demonstration, demonstration_row, write_demonstrations
+from webdancer.data.tasks import write_tasks
 from webdancer.errors import ConfigError
+from webdancer.evaluation.results import read_evaluation
 
 MESSAGES = (
     Message(role="system", content="You are a web agent."),
@@ -48,6 +51,26 @@ def test_a_warm_start_that_is_done_is_not_done_again(config, tmp_path):
     learner.events.clear()
     run_sft(config, learner)
     assert learner.events == [("export", 2)]
+
+
+def test_rl_asks_the_held_out_questions_before_and_after(tmp_path):
+    tasks = [make_task(index) for index in range(4)]
+    write_tasks(tmp_path / "rl.jsonl", tasks)
+    write_tasks(tmp_path / "heldout.jsonl", tasks[:2])
+    settings = ["rl.num_steps=2", "rl.evaluate_every=0", "tools.search.url=http://127.0.0.1:9", "tools.visit.site=http://127.0.0.1:9"]
+    files = [f"rl.data={tmp_path}/rl.jsonl", f"evaluation.data={tmp_path}/heldout.jsonl"]
+    learner = FakeLearner([])
+
+    @asynccontextmanager
+    async def open_services(config, *, parts=frozenset()):
+        yield make_services(learner, runner=TimedRunner())
+
+    config = make_config(tmp_path / "run", *settings, *files)
+    with open_telemetry(config) as telemetry:
+        run_virtual(start.rl(config, telemetry, open_services))
+    found = {path.stem: read_evaluation(path) for path in (tmp_path / "run" / "evaluations").glob("*.json")}
+    assert {stage: len(one.rows) for stage, one in found.items()} == {"rl-0": 2, "rl-2": 2}
+    assert found["rl-2"].version == learner.version
 
 
 def test_a_run_that_went_on_to_rl_has_no_warm_start_to_resume(config, tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -101,6 +102,18 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path):
     assert "0 steps of RL so far" in Page(write_report(tmp_path / "run").read_text()).text
     write_evaluation(tmp_path / "run" / "evaluations", make_evaluation("base", num_tasks=3, num_samples=0))
     assert "greedy accuracy on 3 held-out questions" in Page(write_report(tmp_path / "run").read_text()).text
+
+
+def test_an_evaluation_without_a_verdict_is_in_no_figure_and_named(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = replace(make_evaluation("sft", num_tasks=3), stage="rl-9")
+    rows = tuple(replace(row, greedy_correct=None, samples_correct=(), num_tool_calls=None, format_ok=None) for row in before.rows)
+    write_evaluation(tmp_path / "run" / "evaluations", replace(before, rows=rows))
+    write_evaluation(tmp_path / "run" / "evaluations", replace(before, stage="sft", rows=rows))
+    html = write_report(tmp_path / "run").read_text()
+    assert "nan" not in Page(html).text.casefold()
+    assert not re.search(r'="[^"]*\bnan\b', html)
+    assert "without a single verdict, and left out: After SFT, RL, step 9" in Page(html).text
 
 
 def test_a_missing_run_or_a_broken_file_is_a_data_error(tmp_path):

@@ -273,7 +273,7 @@ class RemoteJudge:
             order = owners(verdict_key(task, answer, judge="").hex(), self._servers.count)
             verdict: Verdict = await self._servers.call("grade", task, answer, order=order)
         except (ActorLost, StalledError) as error:
-            return Verdict(status="unknown", reason=str(error), judge="none")
+            return Verdict(status="unknown", reason=str(error), judge="failed")
         return verdict
 
 

@@ -48,6 +48,12 @@ def task_row(task: Task) -> dict[str, Any]:
     return row | {"metadata": dict(task.metadata)} if task.metadata else row
 
 
+def num_hops(metadata: Mapping[str, Any]) -> int:
+    """What a file of questions says of its hops; 0 where that is no whole number."""
+    hops = metadata.get("hops")
+    return int(hops) if isinstance(hops, int) or (isinstance(hops, str) and hops.isdecimal()) else 0
+
+
 def content_id(question: str, answers: Sequence[str]) -> str:
     """An id that says nothing but which question this is."""
     return hashlib.sha256(json.dumps([question, *answers]).encode()).hexdigest()[:16]

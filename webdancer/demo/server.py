@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_QUESTION_CHARS = 4_000
 MAX_BODY_BYTES = 64_000
@@ -66,7 +68,6 @@ def build_app(
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
@@ -86,11 +87,39 @@ def build_app(
         stream = _events(runner, question, sampling=sampling, site=site)
         return StreamingResponse(stream, media_type="text/event-stream", headers={**HEADERS, "X-Accel-Buffering": "no"})
 
-    allowed = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
     return Starlette(
         routes=[*(Route(path, page) for path in _PAGE), Route("/about", about), Route("/ask", put_question, methods=["POST"])],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)],
+        middleware=[Middleware(_OwnNamesOnly, host=host)],
     )
+
+
+class _OwnNamesOnly:
+    """Refuses requests to another name than this server's: a page that gives its own name this machine's address gets no answer. Listening
+    everywhere, the server is localhost, the machine's names, and any address."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._everywhere = host in ("0.0.0.0", "::")
+        self._names = {host, "localhost", "127.0.0.1", "::1"}
+        if self._everywhere:
+            self._names |= {socket.gethostname().casefold(), socket.getfqdn().casefold()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] == "http" and not self._is_own(Headers(scope=scope).get("host", "")):
+            refusal = PlainTextResponse("host: must be a name of this server", status_code=400, headers=HEADERS)
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._names or (self._everywhere and bool(ip_address(name)))
+        except ValueError:  # neither a host nor an address
+            return False
 
 
 async def serve(app: Starlette, listening: socket.socket) -> None:

@@ -91,6 +91,19 @@ def attempt_of(task: Task, round: int, scored: ScoredTrajectory | None) -> Attem
     return judged if scored.reward.valid else dataclasses.replace(judged, status="unknown")
 
 
+def and_paid_before(attempt: Attempt, before: Attempt | None) -> Attempt:
+    """An attempt that was made again, with the money of the one before it."""
+    if before is None:
+        return attempt
+    return dataclasses.replace(
+        attempt,
+        usd=attempt.usd + before.usd,
+        judge_requests=attempt.judge_requests + before.judge_requests,
+        judge_tokens=attempt.judge_tokens + before.judge_tokens,
+        judge_usd=attempt.judge_usd + before.judge_usd,
+    )
+
+
 def labels(task: Task) -> dict[str, str]:
     return {name: str(task.metadata[name]) for name in LABELS if task.metadata.get(name) not in (None, "", 0)}
 

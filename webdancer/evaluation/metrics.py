@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +22,10 @@ class EvaluationRow:
     samples_correct: tuple[bool, ...]
     answer: str | None
     stop: str
-    num_tool_calls: float
+    num_tool_calls: float | None
     """Mean over the sampled episodes, or the greedy one's where none was sampled."""
-    format_ok: float
-    """Share of well-formed episodes among all."""
+    format_ok: float | None
+    """Share of well-formed episodes among the valid ones; None, as for the tool calls, where infrastructure took them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +104,15 @@ def summary(rows: Sequence[EvaluationRow], *, k: int = 8) -> dict[str, float]:
         figures[f"{name}/pass@1"] = sampled_pass_at_1(subset).mean
         figures[f"{name}/pass@{k}"] = sampled_pass_at_k(subset, k).mean
         figures[f"{name}/num_tasks"] = len(subset)
-    figures["all/tool_calls"] = float(np.mean([row.num_tool_calls for row in rows])) if rows else math.nan
-    figures["all/format"] = float(np.mean([row.format_ok for row in rows])) if rows else math.nan
+    figures["all/tool_calls"] = mean_of(row.num_tool_calls for row in rows)
+    figures["all/format"] = mean_of(row.format_ok for row in rows)
     return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+def mean_of(values: Iterable[float | None]) -> float:
+    """Of those that are there; NaN without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else math.nan
 
 
 def by(rows: Sequence[EvaluationRow], key: Callable[[EvaluationRow], str]) -> list[tuple[str, list[EvaluationRow]]]:

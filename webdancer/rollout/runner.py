@@ -41,7 +41,7 @@ class EpisodeScorer:
         except Exception as error:
             # A Judge says unknown by itself, so its server is gone: this verdict is lost, the program is not.
             log.exception("episode %s: the judge failed", trajectory.id)
-            return Verdict(status="unknown", reason=f"the judge failed: {type(error).__name__}", judge="none")
+            return Verdict(status="unknown", reason=f"the judge failed: {type(error).__name__}", judge="failed")
 
     def _outages(self) -> Set[str]:
         return EPISODE_ERRORS | self.infrastructure_errors

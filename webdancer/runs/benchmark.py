@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from webdancer.config import Config
-from webdancer.evaluation.attempts import Attempt, RoundFiles, attempt_of, verdict_of
+from webdancer.evaluation.attempts import Attempt, RoundFiles, and_paid_before, attempt_of, verdict_of
 from webdancer.evaluation.benchmarks import CANARY, OWN
 from webdancer.evaluation.round_metrics import RoundFigures, round_figures
 from webdancer.interfaces import EpisodeRunner, Judge
@@ -53,7 +53,7 @@ async def run_benchmark(config: Config, tasks: Sequence[Task], runner: EpisodeRu
             files.write_again(made)
         elif made is None or made.status == "unknown":
             scored = await run_persistently(runner, task, member=round - 1, sampling=sampling)
-            made = attempt_of(task, round, scored)
+            made = and_paid_before(attempt_of(task, round, scored), made)
             files.write(made, scored)
             if scored is not None and CANARY not in task.metadata:
                 telemetry.record(scored, decision="evaluated")

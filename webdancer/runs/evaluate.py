@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from webdancer.config import Config
+from webdancer.data.tasks import num_hops
 from webdancer.evaluation.benchmarks import CANARY
 from webdancer.evaluation.metrics import EvaluationRow, summary
 from webdancer.evaluation.results import Evaluation, write_evaluation
@@ -76,7 +77,7 @@ def evaluation_row(task: Task, greedy: ScoredTrajectory | None, sampled: Sequenc
         question=SEALED if CANARY in task.metadata else task.question,
         answers=(SEALED,) if CANARY in task.metadata else task.answers,
         type=str(task.metadata.get("type", task.source)),
-        hops=int(task.metadata.get("hops", 0)),
+        hops=num_hops(task.metadata),
         greedy_correct=None if greedy is None else greedy.reward.answer > 0,
         samples_correct=tuple(member.reward.answer > 0 for member in valid),
         answer=shown.trajectory.answer if shown and CANARY not in task.metadata else None,
@@ -113,7 +114,9 @@ async def evaluate_stage(
             stage=stage,
             version=version,
             num_samples=settings.num_samples,
-            sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
+            sampling=Sampling(
+                temperature=settings.temperature, top_p=settings.top_p, repetition_penalty=settings.repetition_penalty or 1.0
+            ),
             on_row=advance,
             on_episode=note,
         )
@@ -132,5 +135,5 @@ async def run_persistently(runner: EpisodeRunner, task: Task, *, member: int, sa
     return None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -56,6 +56,9 @@ class SearchFirst:
             return EpisodeLost(task_id=task.id, member=member, attempt=attempt, reason=f"search: {found.error}: {found.text[:200]}")
         shown = replace(task, metadata={**task.metadata, RETRIEVED: found.text})
         listening = {} if on_text is None else {"on_text": on_text}
-        return await self._runner.run(
+        outcome = await self._runner.run(
             shown, member=member, attempt=attempt, sampling=sampling, resume_from=resume_from, on_turn=on_turn, **listening
         )
+        if isinstance(outcome, EpisodeLost):
+            return outcome
+        return replace(outcome, trajectory=replace(outcome.trajectory, uses_before=found.uses))

@@ -109,7 +109,7 @@ async def learn(config: Config, files: RunFiles, services: Services, telemetry: 
     cursor = await load_cursor(files, services.learner)
     await services.weights.publish(services.learner.version)  # also the first canary: the engines serve what the learner trains
     if cursor is None:
-        await _evaluated(config, files, heldout, services, telemetry, stage="base")
+        await evaluate_once(config, files, heldout, services, telemetry, stage="base")
     phase = cursor["phase"] if cursor else "sft"
     if phase == "sft":
         demonstrations = read_demonstrations(files.demonstrations, strict=config.sft.strict)
@@ -117,12 +117,12 @@ async def learn(config: Config, files: RunFiles, services: Services, telemetry: 
         with telemetry.phase("warm start"):
             await warm_start(config, samples, services.learner, telemetry, resume=cursor)
             await services.weights.publish(services.learner.version)
-        await _evaluated(config, files, heldout, services, telemetry, stage="sft")
+        await evaluate_once(config, files, heldout, services, telemetry, stage="sft")
     tasks = TaskStream(read_tasks(files.rl_tasks), seed=config.seed)
     if config.rl.num_steps:
         with telemetry.phase("RL"):
             await train(config, tasks, heldout, services, telemetry, resume=cursor if phase == "rl" else None)
-        await _evaluated(config, files, heldout, services, telemetry, stage=f"rl-{config.rl.num_steps}")
+        await evaluate_once(config, files, heldout, services, telemetry, stage=f"rl-{config.rl.num_steps}")
 
 
 async def load_cursor(files: RunFiles, learner: Learner) -> Mapping[str, Any] | None:
@@ -148,9 +148,10 @@ def _visit_here(visit: VisitConfig, origin: str) -> VisitConfig:
     return replace(visit, site=visit.site or origin, url=visit.url or (origin if visit.backend == "access" else ""))
 
 
-async def _evaluated(
+async def evaluate_once(
     config: Config, files: RunFiles, heldout: Sequence[Task], services: Services, telemetry: Telemetry, *, stage: str
 ) -> None:
+    """Unless an earlier start has."""
     if files.has_evaluation(stage):
         return
     with telemetry.phase(f"evaluate {stage}"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html import escape
 from typing import Any, Generic, TypeVar
 
+from webdancer.data.tasks import num_hops
 from webdancer.telemetry.charts import Bar, bar_chart
 from webdancer.telemetry.funnel_chart import Level, funnel_chart
 
@@ -102,7 +103,7 @@ def kind_table(cells: Counter[tuple[str, str]], columns: Mapping[str, str]) -> s
 
 def kind_of(row: Mapping[str, Any]) -> str:
     """Of what kind a question is, by the `type`, `hops` and `tag` of its row."""
-    kind, hops = str(row.get("type", "")), int(row.get("hops", 0))
+    kind, hops = str(row.get("type", "")), num_hops(row)
     if kind.lower() in ("count", "intersection") or hops < 1:
         return kind.upper() or str(row.get("tag", "")) or "other"
     return f"{hops} hop{'s' if hops > 1 else ''}"

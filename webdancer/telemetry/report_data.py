@@ -41,6 +41,8 @@ class RunData:
     num_trajectories: int
     decisions: dict[str, int]
     """Recorded trajectories by what became of their group."""
+    undecided: tuple[str, ...] = ()
+    """Stages of whose evaluation no episode has a verdict; they are in no figure."""
 
     def curve(self, *names: str, phase: str = "rl") -> Points:
         """(step, value) of the first of these metrics that the phase has."""
@@ -57,6 +59,7 @@ def gather(run_dir: Path) -> RunData:
     if not run_dir.is_dir():
         raise DataError(f"run directory: must exist, got {str(run_dir)!r}")
     metrics = read_metrics(run_dir)
+    evaluations = sorted(_evaluations(run_dir), key=lambda evaluation: stage_order(evaluation.stage))
     name, model = _name_and_model(run_dir)
     chosen = _Examples()
     for row in read_trajectories(run_dir):
@@ -66,7 +69,8 @@ def gather(run_dir: Path) -> RunData:
         model=model,
         rl_steps=metrics.get("rl", {}),
         sft_steps=metrics.get("sft", {}),
-        evaluations=tuple(sorted(_evaluations(run_dir), key=lambda evaluation: stage_order(evaluation.stage))),
+        evaluations=tuple(one for one in evaluations if accuracy(one.rows).num_tasks),
+        undecided=tuple(one.stage for one in evaluations if not accuracy(one.rows).num_tasks),
         phases=tuple(_phases(read_jsonl(run_dir / PHASES_FILE))),
         solved=chosen.solved,
         failed=chosen.failed,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 
-from webdancer.evaluation.metrics import Estimate, sampled_pass_at_k
+from webdancer.evaluation.metrics import Estimate, mean_of, sampled_pass_at_k
 from webdancer.evaluation.results import Evaluation
 from webdancer.telemetry.charts import Bar, Series, bar_chart, line_chart, stacked_chart
 from webdancer.telemetry.console import duration, number
@@ -62,6 +62,8 @@ def held_out(data: RunData) -> str:
     chart = bar_chart(bars, limit=1.0)
     measure = "sampled pass@1" if has_samples(data.evaluations) else "greedy accuracy"
     note = f"{measure} on {len(data.evaluations[0].rows)} held-out questions; whiskers are 95 % intervals"
+    if data.undecided:
+        note += f"; without a single verdict, and left out: {escape(', '.join(map(stage_title, data.undecided)))}"
     return _section("Held-out questions", f"<figure>{chart}<figcaption>{note}</figcaption></figure>{_stage_table(data.evaluations)}")
 
 
@@ -166,8 +168,7 @@ def _stage_table(evaluations: Sequence[Evaluation]) -> str:
         cells = f"<td>{_estimate(greedy_accuracy(one.rows))}</td>"
         cells += f"<td>{_estimate(accuracy(one.rows))}</td>" if sampled else ""
         cells += f"<td>{_estimate(sampled_pass_at_k(one.rows, k))}</td>" if k > 1 else ""
-        calls = sum(row.num_tool_calls for row in one.rows) / max(1, len(one.rows))
-        well = sum(row.format_ok for row in one.rows) / max(1, len(one.rows))
+        calls, well = mean_of(row.num_tool_calls for row in one.rows), mean_of(row.format_ok for row in one.rows)
         rows.append(f"<tr><th>{escape(stage_title(one.stage))}</th>{cells}<td>{calls:.1f}</td><td>{100 * well:.0f} %</td></tr>")
     return _table(f"<th>stage</th>{head}<th>tool calls</th><th>well-formed</th>", rows)
 
