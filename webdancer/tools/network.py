@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import isawaitable
 from ipaddress import ip_address
 from ssl import SSLContext
@@ -33,6 +35,9 @@ Transport = httpx.AsyncBaseTransport
 # httpcore's pool looks at every idle connection and every waiting request each time: both are kept few, and waiting is done outside.
 _MAX_CONNECTIONS = {True: 32, False: 128}  # to the allowed origins, to everywhere else
 _MAX_IDLE = 32
+_MAX_LOOKUPS = 128
+_FAILED_S = 10.0  # a name that failed is not looked up again
+_MAX_FAILED = 10_000
 _CONNECT_S = 5.0  # to one address; then the next of the host is tried
 _KEEPALIVE_S = 4.0  # below the 5 s after which many servers hang up
 _TIMEOUTS = (TimeoutError, httpx.TimeoutException, httpcore.TimeoutException)
@@ -53,9 +58,45 @@ class Exchange:
     chunks: AsyncIterator[bytes]
 
 
+class _Names:
+    """The system's resolver, in threads of its own: a name whose servers are dead holds one for 10 s or more, after everybody who asked for
+    it has given up. Who asks for a name that is being looked up waits for the same answer."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="names")
+        self._under_way: dict[str, Future[list[str]]] = {}
+        self._failed: dict[str, float] = {}
+
+    async def look_up(self, host: str) -> list[str]:
+        if time.monotonic() < self._failed.get(host, 0.0):
+            raise OSError(f"{host} could not be resolved a moment ago")
+        found = self._under_way.get(host)
+        if found is None:
+            found = self._under_way[host] = self._threads.submit(_addresses, host)
+            found.add_done_callback(partial(self._note, host))
+        answer = asyncio.wrap_future(found)
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # read here, or asyncio complains where nobody waits
+        return await asyncio.shield(answer)
+
+    def _note(self, host: str, found: Future[list[str]]) -> None:
+        """In the thread that looked it up."""
+        self._under_way.pop(host, None)
+        if found.exception() is not None:
+            if len(self._failed) >= _MAX_FAILED:
+                self._failed.clear()
+            self._failed[host] = time.monotonic() + _FAILED_S
+
+
+_NAMES = _Names()
+
+
 async def resolve_name(host: str) -> list[str]:
     """The system resolver."""
-    infos = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return await _NAMES.look_up(host)
+
+
+def _addresses(host: str) -> list[str]:
+    infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
