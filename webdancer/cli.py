@@ -142,8 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     submit.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="dashboard of the head")
     submit.add_argument("--no-wait", action="store_true", help="return once the job is accepted")
     submit.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="e.g. -- rl --config FILE key=value")
-    scale = _command(commands, "scale", "give a run that goes on more or fewer rollout workers", _scale)
-    scale.add_argument("number", metavar="rollout=N", help="so many rollout workers from now on")
+    scale = _command(commands, "scale", "give a run that goes on more or fewer rollout workers or tool actors", _scale)
+    scale.add_argument("number", metavar="rollout=N|tools=N", help="so many rollout workers, or tool actors, from now on")
     scale.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's; without it, the only run on the Ray at --address")
     scale.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "auto"), help="HOST:PORT of the Ray (default: %(default)s)")
     scale.add_argument("--timeout", type=float, default=900.0, metavar="S", help="to wait until it has them (default: %(default)s)")
@@ -354,12 +354,12 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _scale(options: argparse.Namespace) -> int:
     what, _, number = options.number.partition("=")
-    if what != "rollout" or not number.isdecimal() or int(number) < 1:
-        raise UserError(f"scale: must be rollout=N with a whole number from 1, got {options.number!r}")
+    if what not in ("rollout", "tools") or not number.isdecimal() or int(number) < 1:
+        raise UserError(f"scale: must be rollout=N or tools=N with a whole number from 1, got {options.number!r}")
     live = _imported("webdancer.cluster.live_file:find_live")(options.run_dir) if options.run_dir is not None else None
     scale = _imported("webdancer.cluster.scaling:scale")  # it imports Ray, which reads then what `live` has put into the environment
     settings = {"live": live, "address": options.address, "timeout_s": options.timeout}
-    return DONE if scale(int(number), **settings, say=functools.partial(print, flush=True)) else FAULT
+    return DONE if scale(what, int(number), **settings, say=functools.partial(print, flush=True)) else FAULT
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -123,7 +123,8 @@ class CountingTools:
         """Node and numbers of the GPUs that this actor has."""
         import ray
 
-        return tuple((await self.node(), gpu) for gpu in ray.get_gpu_ids())
+        node = await self.node()
+        return tuple((node, gpu) for gpu in ray.get_gpu_ids())
 
 
 def make_fake_engine(directory, spec, tokenizer):

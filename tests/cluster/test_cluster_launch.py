@@ -148,6 +148,7 @@ def test_running_cluster_is_joined_and_left_as_it_was(head, tiny_model, tmp_path
     until_ready(program)
     assert len(processes_of(env)) >= before + 5
     assert scale(env, "rollout=1") == "rollout workers: 1 of 1 serve\n", "the only run on this Ray"
+    assert scale(env, "tools=2").endswith("tool actors: 2 of 2 serve\n")
     assert '"token": null' in (tmp_path / "run" / "live.json").read_text()
     program.stdin.write("\n")
     program.stdin.close()

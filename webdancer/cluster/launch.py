@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import zlib
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from webdancer.cluster.pool import WorkerPool
 from webdancer.cluster.scaling import scalable
 from webdancer.cluster.servers import JudgeServer, LedgerServer, ToolServer
 from webdancer.cluster.services import ActorChoice, RemoteJudge, RemoteLearner, RemoteRunner, RemoteToolbox, RemoteWriter
+from webdancer.cluster.tool_pool import ToolPool
 from webdancer.cluster.weight_sync import WeightPublisher, check_backend
 from webdancer.cluster.worker import MakeEngine, RolloutWorker, WorkerSpec, make_vllm_engine
 from webdancer.config import Config, ToolsConfig
@@ -85,7 +86,8 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         if judges:
             live = replace(live, judge=RemoteJudge(ActorChoice(judges, stage="judge", timeout_s=_judge_timeout_s(config))))
         if "tools" in parts:
-            live = replace(live, toolbox=_spawn_tools(stack, config, resources, starting, ledger, judges))
+            toolbox, servers, spawn_tool = _spawn_tools(stack, config, resources, starting, ledger, judges)
+            live = replace(live, toolbox=toolbox)
         if "rollout" in parts:
             pool = _make_pool(stack, config, resources, live, make_engine)
             starting.append(pool.start())
@@ -106,7 +108,9 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         if {"rollout", "learner"} <= parts:
             live = replace(live, weights=await _publisher(config, learner, ranks, pool, tokenizer.vocab_size))
         if "rollout" in parts:
-            await stack.enter_async_context(scalable(pool, config.run_dir))
+            tools = ToolPool(spawn_tool, servers, toolbox, pool, drain_timeout_s=config.episode.tool_timeout_s)
+            stack.push_async_callback(tools.stop)
+            await stack.enter_async_context(scalable({"rollout": pool, "tools": tools}, config.run_dir))
         yield live
 
 
@@ -127,7 +131,8 @@ def _restricted(config: Config, parts: Set[str]) -> Config:
 
 def _spawn_tools(
     stack: AsyncExitStack, config: Config, resources: Resources, starting: Starting, ledger: Any, judges: list[Any]
-) -> RemoteToolbox:
+) -> tuple[RemoteToolbox, list[Any], Callable[[int], Any]]:
+    """The toolbox, the actors behind it, and what makes another one of a number."""
     timeout_s = 0.9 * config.episode.tool_timeout_s  # the server's own answer comes before the episode stops waiting
     tools, engine = _with_absolute_recording(config.tools), None
     if tools.visit.summarizer.backend == "engine":
@@ -136,9 +141,15 @@ def _spawn_tools(
         tools = replace(tools, visit=replace(tools.visit, summarizer=summarizer))
         engine = RemoteWriter(ActorChoice(judges, stage="summarizer", timeout_s=summarizer.timeout_s))
     settings = {"config": tools, "call_timeout_s": timeout_s, "ledger": ledger, "engine": engine}
-    servers = _spawn_servers(stack, ToolServer, resources.server, [{**settings, "shard": shard} for shard in range(tools.num_servers)])
-    starting.append(_ready(servers))
-    return RemoteToolbox(ActorChoice(servers, stage="tools", timeout_s=config.episode.tool_timeout_s), site=config.tools.visit.site)
+
+    def spawn_tool(shard: int) -> Any:
+        return spawn(ToolServer, _server_options(resources.server), **settings, shard=shard)
+
+    servers = [spawn_tool(shard) for shard in range(tools.num_servers)]
+    stack.callback(_kill, servers)
+    starting.append(_ready(list(servers)))
+    choice = ActorChoice(servers, stage="tools", timeout_s=config.episode.tool_timeout_s)
+    return RemoteToolbox(choice, site=config.tools.visit.site), servers, spawn_tool
 
 
 def _needs_ledger(config: Config) -> bool:
@@ -221,10 +232,13 @@ def _make_pool(stack: AsyncExitStack, config: Config, resources: Resources, live
 
 
 def _spawn_servers(stack: AsyncExitStack, server: type, resources: Mapping[str, Any], each: Sequence[Mapping[str, Any]]) -> list[Any]:
-    options = {"max_restarts": -1, "max_concurrency": CALLS_AT_ONCE, **resources}
-    actors = [spawn(server, options, **settings) for settings in each]
+    actors = [spawn(server, _server_options(resources), **settings) for settings in each]
     stack.callback(_kill, actors)
     return actors
+
+
+def _server_options(resources: Mapping[str, Any]) -> dict[str, Any]:
+    return {"max_restarts": -1, "max_concurrency": CALLS_AT_ONCE, **resources}
 
 
 def _spawn_worker(config: Config, resources: Resources, live: Services, make_engine: MakeEngine, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,30 @@ class ToolServer:
         self._shard = shard
         self._ledger = None if ledger is None else RemoteLedger(ledger)
         self._toolbox: ReplayToolbox | WebToolbox | None = None
+        self._num_calls = 0
+        self._idle = asyncio.Event()
 
     async def ready(self) -> None:
         """Raises ConfigError, DataError or ServiceError where the tools cannot work as configured."""
         await self._opened().check()
 
     async def call(self, call: ToolCall, hop: Hop | None = None) -> ToolResult:
-        return await self._opened().call(call, hop)
+        self._num_calls += 1
+        try:
+            return await self._opened().call(call, hop)
+        finally:
+            self._num_calls -= 1
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Returns once no call is under way; what is remembered is on its shelf then, if there is one. A call that comes late all the same
+        opens the tools once more."""
+        while self._num_calls:
+            self._idle.clear()
+            await self._idle.wait()
+        toolbox, self._toolbox = self._toolbox, None
+        if toolbox is not None:
+            await toolbox.aclose()
 
     def _opened(self) -> ReplayToolbox | WebToolbox:
         if self._toolbox is None:

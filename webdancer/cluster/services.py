@@ -217,6 +217,10 @@ class ActorChoice:
     def count(self) -> int:
         return len(self._actors)
 
+    def over(self, actors: Sequence[Any]) -> ActorChoice:
+        """The same over other actors."""
+        return ActorChoice(actors, stage=self._stage, timeout_s=self._timeout_s)
+
     async def call(self, method: str, *arguments: Any, order: Sequence[int] = ()) -> Any:
         """`order`: who is asked first, and who instead of the dead. Raises ActorLost when none answers, StalledError after the timeout."""
         tried: list[ActorLost] = []
@@ -254,12 +258,18 @@ class RemoteToolbox:
         self._servers = servers
         self._site = site
 
-    async def call(self, call: ToolCall) -> ToolResult:
-        return await ask_owners(call, self._ask, count=self._servers.count, site=self._site)
+    def use(self, actors: Sequence[Any]) -> None:
+        """These from now on; a call that is under way ends with those that it began with."""
+        self._servers = self._servers.over(actors)
 
-    async def _ask(self, piece: ToolCall, hop: Hop | None, order: Sequence[int]) -> ToolResult:
-        result: ToolResult = await self._servers.call("call", piece, hop, order=order)
-        return result
+    async def call(self, call: ToolCall) -> ToolResult:
+        servers = self._servers
+
+        async def ask(piece: ToolCall, hop: Hop | None, order: Sequence[int]) -> ToolResult:
+            result: ToolResult = await servers.call("call", piece, hop, order=order)
+            return result
+
+        return await ask_owners(call, ask, count=servers.count, site=self._site)
 
 
 class RemoteJudge:

@@ -241,6 +241,13 @@ class RolloutWorker:
                 self._news.set()
                 self._urgent.set()
 
+    async def use_tools(self, actors: Sequence[Any]) -> None:
+        """Tool actors have come or gone (tool_pool)."""
+        from webdancer.cluster.services import RemoteToolbox
+
+        assert isinstance(self._toolbox, RemoteToolbox), "tools that are no actors do not change in number"
+        self._toolbox.use(actors)
+
     async def load_weights(self, manifest_path: str, version: int, files: Mapping[str, Awaitable[bytes]] | None) -> Mapping[str, float]:
         """Load the export in the directory `manifest_path`; `files` are its files in the object store, where this node has no such path."""
         if files is None:
