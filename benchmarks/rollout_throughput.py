@@ -5,7 +5,7 @@
 
     raw         useful tokens/s at no latency over the engine alone, same lengths, same 64 at once; arms take turns
     curve       tokens/s at a mean latency of 0 to 10 s (log-normal, p99 = 8 x mean), episodes in flight as the worker itself sets them
-    lockstep    a batch of 64 episodes against a loop that generates all, calls all, and then takes the next turn
+    lockstep    two batches of 64 episodes against a loop that generates all, calls all, and then takes the next turn
     staleness   time of a step with max_staleness 1 over 0 at 1 s, through the real collector; training is a wait as long as a batch takes
     update      a weight update while 64 requests run: how long they stand still, keys and values cleared or kept
 
@@ -20,17 +20,21 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import xxhash
 
-from benchmarks.rollout_fixture import CALLS, SEQUENCES, Bench, SlowTools, make_task
+from benchmarks.rollout_fixture import CALLS, SEQUENCES, SIGMA, Bench, SlowTools, make_task
 from webdancer.cluster.worker import RolloutWorker
 from webdancer.config import RolloutConfig
 from webdancer.data.tasks import TaskStream
@@ -41,6 +45,8 @@ from webdancer.types import EpisodeLost, Group, Sampling, ScoredTrajectory, Task
 LATENCIES_S = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 GROUPS, GROUP_SIZE = 8, 8
 LEAST_TOKENS = 10_000
+BATCHES = 2
+"""Of the comparison with lockstep, for each latency."""
 RUNS = itertools.count()
 
 
@@ -165,34 +171,56 @@ async def part_curve(bench: Bench, seconds: float) -> list[dict[str, Any]]:
 
 
 async def part_lockstep(bench: Bench, seconds: float) -> list[dict[str, Any]]:
-    """A batch of 64: seconds each, in lockstep and not; and what a batch takes in a stream of them with free growth."""
+    """Batches of 64: seconds of all, in lockstep and not, every call as slow in both; and what they take in a stream with free growth.
+    `bound` is the ratio of those latencies alone, for an engine that takes no time: a batch waits for its slowest episode."""
     rows = []
     for mean_s in (1.0, 3.0):
-        tools = SlowTools(mean_s)
-        began = time.perf_counter()
-        await lockstep(bench, tools)
-        locked_s = time.perf_counter() - began
-        began = time.perf_counter()
-        async with flights(bench, tools, adapts=False) as flight:
-            await asyncio.gather(*(one_episode(flight) for _ in range(SEQUENCES)))
-        batch_s = time.perf_counter() - began
+        batches_BSC = [drawn(mean_s, seed) for seed in range(BATCHES)]
+        locked_s = batch_s = 0.0
+        for drawn_SC in batches_BSC:
+            began = time.perf_counter()
+            await lockstep(bench, drawn_SC)
+            locked_s += time.perf_counter() - began
+            began = time.perf_counter()
+            async with flights(bench, DrawnTools(mean_s), adapts=False) as flight:
+                await asyncio.gather(*(one_episode(flight, drawn_C) for drawn_C in drawn_SC))
+            batch_s += time.perf_counter() - began
         free = await stream(bench, mean_s, adapts=True, warm_s=4.0 + 4 * mean_s, seconds=seconds)
-        free_s = SEQUENCES * bench.policy_tokens / free["tokens_per_s"]
+        free_s = BATCHES * SEQUENCES * bench.policy_tokens / free["tokens_per_s"]
+        slowest_calls = sum(max(drawn_S) for drawn_SC in batches_BSC for drawn_S in zip(*drawn_SC, strict=True))
+        bound = slowest_calls / sum(max(map(sum, drawn_SC)) for drawn_SC in batches_BSC)
         times = {"lockstep_s": locked_s, "batch_s": batch_s, "free_growth_s": free_s}
-        rows.append({"mean_latency_s": mean_s, **times, "ratio_free": locked_s / free_s, "ratio": locked_s / batch_s})
+        rows.append({"mean_latency_s": mean_s, **times, "bound": bound, "ratio_free": locked_s / free_s, "ratio": locked_s / batch_s})
     return rows
 
 
-async def lockstep(bench: Bench, tools: SlowTools) -> None:
+def drawn(mean_s: float, seed: int) -> list[list[float]]:
+    """Latencies by episode and call: as many quantiles of the distribution, shuffled. A few free draws of so long a tail are all luck."""
+    count = SEQUENCES * CALLS
+    quantiles = [math.exp(SIGMA * NormalDist().inv_cdf((index + 0.5) / count) - SIGMA**2 / 2) for index in range(count)]
+    random.Random(seed).shuffle(quantiles)
+    return [[mean_s * one for one in quantiles[start : start + CALLS]] for start in range(0, count, CALLS)]
+
+
+SESSION: ContextVar[Iterator[float]] = ContextVar("latencies of this episode's calls")
+
+
+class DrawnTools(SlowTools):
+    def latency_s(self) -> float:
+        return next(SESSION.get())
+
+
+async def lockstep(bench: Bench, drawn_SC: Sequence[Sequence[float]]) -> None:
     """Generate all, call all, next turn: as loops do whose batch is the unit."""
-    sessions = [bench.raw_prompt(f"lock{next(RUNS)}") for _ in range(SEQUENCES)]
+    sessions = [bench.raw_prompt(f"lock{next(RUNS)}") for _ in drawn_SC]
     for turn in range(CALLS + 1):
         await asyncio.gather(*(bench.raw_turn(ids, turn) for ids in sessions))
         if turn < CALLS:
-            await asyncio.gather(*(tools.wait() for _ in sessions))
+            await asyncio.gather(*(asyncio.sleep(drawn_C[turn]) for drawn_C in drawn_SC))
 
 
-async def one_episode(flight: InFlight) -> None:
+async def one_episode(flight: InFlight, latencies: Sequence[float] = ()) -> None:
+    SESSION.set(iter(latencies))  # of this coroutine's own task
     number = next(RUNS)
     await flight.run(make_task(number), member=0, attempt=number, sampling=Sampling())
 

@@ -1,12 +1,14 @@
-"""A step of RL with a slow tool, ours over TRL's GRPOTrainer: same tiny model, same completions, same script of turns, staleness 0.
+"""A step of RL with a slow tool, ours over TRL's GRPOTrainer: same tiny model, same completions, same script of turns.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout_trl --out benchmarks/baselines/rollout_trl.json
 
-4 questions x 8 completions; every completion is one call of an asynchronous tool that takes a constant time, and an answer. Both sides
-sample as many tokens as the script has and put the script's in their place, then train one optimizer step on all of them in float32.
+4 questions x 8 completions; every completion is one call of an asynchronous tool and an answer. The tool takes a constant time, or one that
+is log-normal (p99 = 8 x mean). Both sides sample as many tokens as the script has and put the script's in their place, then train one
+optimizer step on all of them in float32. Seconds are means of the steps after the first.
 
-    trl    GRPOTrainer in an environment of its own (benchmarks/sft_trl.py makes it), generating with transformers, its only way on a CPU
-    ours   rollout worker and vLLM engine, learner and weight update, one after the other in this process
+    trl            GRPOTrainer in an environment of its own (benchmarks/sft_trl.py makes it), generating with transformers: on a CPU it must
+    staleness 0    rollout worker and vLLM engine, collector, learner and weight update in this process, one after the other
+    staleness 1    the same, the next episodes running while the learner trains
 
 GRPOTrainer's tool calls wait for each other, sample by sample. It is TRL's synchronous trainer: its asynchronous one needs a GPU.
 """
@@ -22,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,10 @@ from benchmarks.rollout_fixture import OBSERVATION, Bench, SlowTools, make_task,
 from benchmarks.sft_trl import TRL, environment
 from webdancer.agent.tokenizer import load_tokenizer
 from webdancer.offline_web.base_model import TINY_BASE
+from webdancer.types import Group
 
 PROMPTS, SIZE, CALLS = 4, 8, 1
+LOG_NORMAL = "log-normal"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m['content'] }}"
     "{% for c in m.get('tool_calls') or [] %}<tool_call>\n"
@@ -42,54 +48,45 @@ TEMPLATE = (
 )
 
 
-async def ours(latency_s: float, steps: int) -> list[float]:
+async def ours(tools: SlowTools, steps: int, staleness: int) -> list[float]:
     """Seconds of every step: 32 episodes, one optimizer step, the new weights in the engine."""
     from benchmarks.learner_fixture import open_learner
-    from webdancer.algorithm.advantages import group_advantages
+    from benchmarks.rollout_throughput import Forgetful, flights
+    from webdancer.algorithm.advantages import samples_from
     from webdancer.algorithm.packing import pack
-    from webdancer.types import Sampling, ScoredTrajectory, TrainSample
+    from webdancer.config import RolloutConfig
+    from webdancer.data.tasks import TaskStream
+    from webdancer.rollout.collector import GroupCollector
 
     bench = Bench(str(TINY_BASE), calls=CALLS)
     learner = open_learner(TINY_BASE, loss="dapo", token_budget=4096, threads=1)
     await bench.engine.start()
-    worker = await bench.worker(SlowTools(latency_s, constant=True), adapts=False)
+    config = RolloutConfig(groups_per_step=PROMPTS, group_size=SIZE, max_staleness=staleness, dynamic_sampling=False)
+    tasks = TaskStream([make_task(number) for number in range(PROMPTS * (steps + 2))], 0)
     times = []
-    with tempfile.TemporaryDirectory() as folder:
-        for step in range(steps):
-            began = time.perf_counter()
-            runs = [(PROMPTS * SIZE * step + n, make_task(n // SIZE)) for n in range(PROMPTS * SIZE)]
-            ends = await asyncio.gather(
-                *(worker.run_episode(run, task, member=run % SIZE, attempt=step, sampling=Sampling(), resume_from=()) for run, task in runs)
-            )
-            scored = [end.outcome for end in ends if isinstance(end.outcome, ScoredTrajectory)]
-            samples = []
-            for start in range(0, len(scored), SIZE):
-                group = scored[start : start + SIZE]
-                advantages = group_advantages([member.reward.total for member in group])
-                for member, advantage in zip(group, advantages, strict=True):
-                    one = member.trajectory
-                    weights = one.loss_mask * float(advantage)
-                    samples.append(
-                        TrainSample(
-                            id=one.id,
-                            token_ids=one.token_ids,
-                            loss_mask=one.loss_mask,
-                            logprobs=one.logprobs,
-                            advantages=weights.astype("float32"),
-                        )
-                    )
-            result = learner.step(pack(samples, num_ranks=1, token_budget=4096, minibatches=1, loss="dapo"))
-            directory = Path(folder) / f"v{step}"
-            learner.export_weights(directory, result.version)
-            await bench.engine.load_weights(directory, result.version)
-            times.append(time.perf_counter() - began)
-    await worker.stop()
+
+    def train(groups: Sequence[Group], directory: Path) -> int:
+        result = learner.step(pack(samples_from(groups), num_ranks=1, token_budget=4096, minibatches=1, loss="dapo"))
+        learner.export_weights(directory, result.version)
+        version: int = result.version
+        return version
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
+        async with flights(bench, tools, adapts=False) as flight, GroupCollector(config, tasks, flight, Forgetful()) as collector:
+            for step in range(steps):
+                began = time.perf_counter()
+                groups = await collector.next_batch()
+                directory = Path(folder) / f"v{step}"
+                version = await asyncio.get_running_loop().run_in_executor(thread, train, groups, directory)
+                await bench.engine.load_weights(directory, version)
+                collector.release(groups, version=version)
+                times.append(time.perf_counter() - began)
     await bench.engine.stop()
     learner.close()
     return times
 
 
-def theirs(latency_s: float, steps: int) -> list[float]:
+def theirs(tools: SlowTools, steps: int) -> list[float]:
     """Seconds of every step but the last, which nothing ends. Runs in TRL's environment."""
     checks: Any = importlib.import_module("trl.import_utils")
     checks.is_vllm_available = lambda *_, **__: False  # it would import the vLLM that it sees, of a version it does not know
@@ -111,7 +108,7 @@ def theirs(latency_s: float, steps: int) -> list[float]:
         Args:
             query: what to search for
         """
-        await asyncio.sleep(latency_s)
+        await tools.wait()
         return OBSERVATION
 
     def parse(tokenizer: Any, ids: list[int], prefix: Any = None, tools: Any = None) -> dict[str, Any]:
@@ -170,37 +167,50 @@ def theirs(latency_s: float, steps: int) -> list[float]:
     return [end - begin for begin, end in zip(begins[::2], begins[1::2], strict=True)]
 
 
-def run(python: Path | str, arm: str, latency_s: float, steps: int) -> list[float]:
-    command = [str(python), "-m", "benchmarks.rollout_trl", "--arm", arm, "--latencies", str(latency_s), "--steps", str(steps)]
+def run(python: Path | str, arm: str, latency: str, steps: int) -> float:
+    """Seconds of a step."""
+    command = [str(python), "-m", "benchmarks.rollout_trl", "--arm", arm, "--latencies", latency, "--steps", str(steps)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]).stdout
     times: list[float] = json.loads(output.splitlines()[-1])
-    return times
+    return statistics.fmean(times[1:])
+
+
+def slow_tools(latency: str) -> SlowTools:
+    """`1` or `1 log-normal`: seconds, constant or the mean."""
+    seconds, _, kind = latency.partition(" ")
+    return SlowTools(float(seconds), constant=kind != LOG_NORMAL)
+
+
+def measured(python: Path, latency: str, steps: int) -> dict[str, Any]:
+    trl_s = run(python, "trl", latency, steps)
+    row: dict[str, Any] = {"latency_s": latency, "trl_step_s": trl_s}
+    for staleness in (0, 1):
+        row[f"stale_{staleness}_step_s"] = run(sys.executable, f"staleness-{staleness}", latency, 2 * steps)
+    return row | {"ratio_stale_1": trl_s / row["stale_1_step_s"], "ratio": trl_s / row["stale_0_step_s"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=("ours", "trl"), help="one arm alone, in this process: the last line is its seconds")
-    parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--steps", type=int, default=4, help="the first, which warms up, does not count")
+    parser.add_argument("--arm", choices=("staleness-0", "staleness-1", "trl"), help="alone, in this process: the last line is its seconds")
+    parser.add_argument("--latencies", nargs="+", default=["0", "1", f"1 {LOG_NORMAL}"])
+    parser.add_argument("--steps", type=int, default=4, help="of TRL, twice as many of ours; the first, which warms up, does not count")
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-environment"))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.arm:
-        (latency_s,) = arguments.latencies
-        times = asyncio.run(ours(latency_s, arguments.steps)) if arguments.arm == "ours" else theirs(latency_s, arguments.steps)
-        print(json.dumps(times))
+        tools = slow_tools(arguments.latencies[0])
+        own = arguments.arm != "trl"
+        print(json.dumps(asyncio.run(ours(tools, arguments.steps, int(arguments.arm[-1]))) if own else theirs(tools, arguments.steps)))
         return
     python = environment(arguments.environment.absolute())
     rows = []
-    for latency_s in arguments.latencies:
-        trl_s = statistics.median(run(python, "trl", latency_s, arguments.steps)[1:])
-        own_s = statistics.median(run(sys.executable, "ours", latency_s, arguments.steps)[1:])
-        rows.append({"latency_s": latency_s, "trl_step_s": trl_s, "step_s": own_s, "ratio": trl_s / own_s})
-    print("  ".join(f"{name:>12}" for name in rows[0]))
+    for latency in arguments.latencies:
+        rows.append(measured(python, latency, arguments.steps))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps({"trl": TRL, "completions": PROMPTS * SIZE, "calls": CALLS, "rows": rows}, indent=1) + "\n")
+    print("  ".join(f"{name:>16}" for name in rows[0]))
     for row in rows:
-        print("  ".join(f"{value:12.3f}" for value in row.values()))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"trl": TRL, "completions": PROMPTS * SIZE, "calls": CALLS, "rows": rows}, indent=1) + "\n")
+        print("  ".join(f"{value:>16.3f}" if isinstance(value, float) else f"{value:>16}" for value in row.values()))
 
 
 if __name__ == "__main__":

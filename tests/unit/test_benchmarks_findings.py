@@ -16,6 +16,7 @@ from benchmarks.altered_program import ALTERATIONS, all_tokens, no_correction
 from benchmarks.findings_cells import BY_NAME, CELLS
 from benchmarks.findings_claims import CLAIMS, arm, cells_of, disagreement, first_sample, pass_at_1, pass_at_3, result_row, versus
 from benchmarks.findings_report import difference, verdict, write_report
+from benchmarks.reward_curves import compare
 from benchmarks.shaky_web import build_app, is_lost, redrawn
 from tests.fakes import answer, search
 from webdancer.agent.prompt import Message
@@ -289,3 +290,13 @@ def test_the_proxy_passes_on_what_is_not_lost(monkeypatch):
     pages, found = asyncio.run(ask())
     assert pages == [404, 200, 200]
     assert found["result"][0][0]["document"]["contents"] == "T\nperson. a: b."
+
+
+def test_reward_curves_are_compared_seed_by_seed_over_the_steps_that_all_have():
+    found = compare([[0.5, 0.7, 0.9], [0.4, 0.4]], [[0.4, 0.6], [0.4, 0.6]])
+    assert [row["step"] for row in found["steps"]] == [1, 2]
+    assert np.allclose(found["by_seed"], [0.1, -0.1])
+    assert np.isclose(found["difference"], 0.0)
+    half = 12.706 * 0.1  # Student with one degree of freedom, times the standard error of +0.1 and -0.1
+    assert np.allclose(found["interval"], [-half, half])
+    assert "interval" not in compare([[1.0]], [[0.5]])
