@@ -34,7 +34,7 @@ from webdancer.runs.evaluate import evaluate
 from webdancer.runs.sample import try_all
 from webdancer.runs.teacher import Teacher
 from webdancer.synthesis.attempts import AttemptLog
-from webdancer.types import Sampling
+from webdancer.types import EpisodeLost, Sampling
 from webdancer.whole_file import write_whole
 
 ROOT = Path(__file__).parents[2]
@@ -306,6 +306,17 @@ async def test_groups_that_an_outage_thins_out_are_not_blamed_on_the_questions(t
     config = make_config(tmp_path, "rollout.group_size=3")
     async with GroupCollector(config.rollout, CountingTasks(), OutageGuard(Unlucky(), limit=99), ListRecorder()) as collector:
         with pytest.raises(ServiceError, match=r"most groups lost members to outages; 0 of 2 mixed groups found; .* 100% too_few_valid"):
+            await collector.next_batch()
+
+
+async def test_engines_that_fail_everyone_are_named_and_not_the_tools(tmp_path):
+    class Garbage:
+        async def run(self, task, *, member, attempt, **options):
+            return EpisodeLost(task_id=task.id, member=member, attempt=attempt, reason="generate: the engine gave the log-probability nan")
+
+    config = make_config(tmp_path)
+    async with GroupCollector(config.rollout, CountingTasks(), OutageGuard(Garbage(), limit=99), ListRecorder()) as collector:
+        with pytest.raises(ServiceError, match=r"engines: must answer, .* most often to: lost 4 times: generate: .* nan; 0"):
             await collector.next_batch()
 
 

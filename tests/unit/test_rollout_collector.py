@@ -351,6 +351,52 @@ def test_resumed_synchronous_run_goes_on_with_the_very_same_batches(stop_after):
     assert any(attempt > 0 for batch in whole for _, attempt, _ in batch), "the stream came round"
 
 
+def test_an_attempt_that_is_made_again_is_no_other_attempts_number():
+    """t0's first attempt is slow, its second one dropped: after a resume there is a first one again, and then a third."""
+
+    class OneSlow(TimedRunner):
+        async def run(self, task, *, member, attempt, **settings):
+            await asyncio.sleep(1e5 if (task.id, attempt) == ("t0", 0) else 1.0)
+            return make_member(task, member=member, attempt=attempt, correct=task.id == "t0" or member == 0)
+
+    config = rollout_config(max_staleness=1)
+    before, after = ListRecorder(), ListRecorder()
+
+    async def main():
+        async with collector(config, runner=OneSlow(), tasks=CyclingTasks(3), recorder=before) as groups:
+            groups.release(await groups.next_batch(), version=1)
+            await asyncio.sleep(1.5)
+            state = groups.state_dict()
+        async with collector(config, tasks=CyclingTasks(3), recorder=after, version=1, resume=state) as groups:
+            groups.release(await groups.next_batch(), version=2)
+            await groups.next_batch()
+
+    run_virtual(main())
+    left = [(group.task.id, group.attempt) for group, decision in before.groups if decision != "kept"]
+    again = [(group.task.id, group.attempt) for group, _ in after.groups]
+    assert ("t0", 1) in left
+    assert ("t0", 0) in again
+    assert not set(left) & set(again)
+    assert len(set(again)) == len(again)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_no_group_is_begun_that_no_batch_is_left_for(staleness):
+    async def main():
+        runner = TimedRunner(latency_s=heavy_tail(3), correct=unmixed(0.4, 3))
+        async with collector(rollout_config(max_staleness=staleness), runner=runner, num_batches=4) as groups:
+            for version in range(1, 5):
+                batch = await groups.next_batch()
+                await asyncio.sleep(5.0)
+                groups.release(batch, version=version)
+            await asyncio.sleep(5.0)
+            return groups.accounting
+
+    accounts = run_virtual(main())
+    assert (accounts.trained, accounts.in_flight) == (8, 0)
+    assert set(accounts.dropped) <= {"all_correct", "all_wrong"}
+
+
 def test_leaving_the_context_cancels_what_runs():
     async def main():
         runner = TimedRunner(latency_s=lambda task, member: 1e6)

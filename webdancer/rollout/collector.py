@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -63,8 +64,9 @@ class GroupCollector:
     """`async with GroupCollector(...) as collector:` then, once a step, `next_batch`, (train, publish), `release`, `metrics`.
 
     `version` is the learner's at the start, `resume` what an earlier `state_dict` said; `seed` is the engines', `curriculum_seed` that
-    of the choice of questions. A group that raises, a recorder that fails, or a stage that stalls ends the run: the error comes out of
-    `next_batch`, `release` or the context's exit, whichever is first. Leaving the context cancels what runs.
+    of the choice of questions. After `num_batches` no more are wanted, and no group is begun for which none of them has a place. A group
+    that raises, a recorder that fails, or a stage that stalls ends the run: the error comes out of `next_batch`, `release` or the
+    context's exit, whichever is first. Leaving the context cancels what runs.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class GroupCollector:
         version: int = 0,
         seed: int | None = None,
         curriculum_seed: int = 0,
+        num_batches: int | None = None,
         resume: Mapping[str, Any] | None = None,
     ) -> None:
         resume = resume or {}
@@ -87,8 +90,8 @@ class GroupCollector:
         self._version = version
         self._sampling = Sampling(temperature=config.temperature, seed=seed)
         self._curriculum = Curriculum(config, seed=curriculum_seed)
-        self._slots = Slots(config, resume.get("attempts", {}))
-        self._again = int(resume.get("num_again", 0))
+        self._slots = Slots(config, resume.get("attempts", {}), num_batches)
+        self._again: deque[int] = deque(resume.get("again_attempts", ()))
         self._allowance = self._max_admitted + config.max_staleness * config.groups_per_step  # the first batch also fills the slots
         self._open = False
         self._exhausted = False
@@ -132,6 +135,8 @@ class GroupCollector:
         batch: list[Held] = []
         while not batch:
             batch = await self._full_batch()
+        if self._slots.batches_left is not None:
+            self._slots.batches_left -= 1
         groups = _with_duplicates(batch)
         now_s = self._loop.time()
         self._window.waited_s = now_s - started_s
@@ -174,10 +179,10 @@ class GroupCollector:
     def state_dict(self) -> Mapping[str, Any]:
         """The task stream's cursor, from which every task that holds a slot is given out again, first, and under the same attempt: nothing
         untrained is lost, and a seeded synchronous run goes on with the very batches that it would have had. Call after `release`."""
-        untrained, attempts = self._slots.untrained()
-        num_again = len(untrained) + self._again
-        state = {**self._tasks.state_dict(untrained), "attempts": attempts, "num_again": num_again}
-        return {**state, "curriculum": self._curriculum.state_dict()}
+        untrained = self._slots.held
+        tasks = self._tasks.state_dict([held.task.id for held in untrained])
+        again = [*(held.attempt for held in untrained), *self._again]
+        return {**tasks, "attempts": dict(self._slots.attempts), "again_attempts": again, "curriculum": self._curriculum.state_dict()}
 
     @property
     def accounting(self) -> Accounting:
@@ -211,23 +216,22 @@ class GroupCollector:
             if running >= self._admission.limit(self._loop.time(), running=running):
                 self._later = self._loop.call_later(INTERVAL_S, self._fill)
                 return
-            task = self._next_task()
+            task, attempt = self._next_task()
             if task is None:
                 self._exhausted = True
                 self._changed.set()  # nobody else may, if a timer has called this
                 return
-            self._admit(task)
+            self._admit(task, attempt)
 
-    def _next_task(self) -> Task | None:
-        """What an earlier process had admitted and not trained comes again first, whatever is expected of it."""
-        if self._again == 0:
-            return self._curriculum.choose(self._tasks)
-        self._again -= 1
-        return next(self._tasks, None)
+    def _next_task(self) -> tuple[Task | None, int | None]:
+        """What an earlier process had admitted and not trained comes again first, as the same attempt and whatever is expected of it."""
+        if self._again:
+            return next(self._tasks, None), self._again.popleft()
+        return self._curriculum.choose(self._tasks), None
 
-    def _admit(self, task: Task) -> None:
+    def _admit(self, task: Task, attempt: int | None) -> None:
         plan = self._curriculum.plan(task)
-        held = self._slots.admit(task, version=self._version, plan=plan, now_s=self._loop.time())
+        held = self._slots.admit(task, version=self._version, plan=plan, now_s=self._loop.time(), attempt=attempt)
         self._allowance -= 1
         self._window.admitted += 1
         held.running = self._loop.create_task(self._collect(held), name=f"group {task.id}/{held.attempt}")
@@ -325,7 +329,8 @@ class GroupCollector:
         if self._exhausted:
             raise DataError(f"rl.data: the questions ran out with {short}")
         if self._window.mostly_invalid:
-            raise ServiceError(f"tools, judge: must answer, but most groups lost members to outages; {short}")
+            often = f", most often to: {lost}" if (lost := self._window.commonest_loss) else ""
+            raise ServiceError(f"tools, judge, engines: must answer, but most groups lost members to outages{often}; {short}")
         raise DataError(
             f"rollout.max_admitted_per_step: {self._max_admitted} groups admitted for one batch, but only {short}. "
             "Choose questions of which the policy solves some members and misses others, or raise the limit"

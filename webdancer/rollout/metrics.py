@@ -51,6 +51,12 @@ class RolloutWindow:
         """More than half of the groups that finished had too few valid members."""
         return 2 * self.dropped["too_few_valid"] > self._finished
 
+    @property
+    def commonest_loss(self) -> str:
+        """Why most of the invalid members are invalid."""
+        reasons = Counter(member.verdict.reason for member in self._members if not member.reward.valid)
+        return reasons.most_common(1)[0][0] if reasons else ""
+
     def shares(self) -> str:
         """For an error message: what the finished groups were, without numbers of its own making."""
         if not self._finished:

@@ -65,9 +65,11 @@ def newest_drawable(held: Mapping[int, int], *, version: int, places_left: int, 
 
 
 class Slots:
-    """(max_staleness + 1) x P slots, P groups a batch. `attempts` says how often each task was admitted before."""
+    """(max_staleness + 1) x P slots, P groups a batch. `attempts` says how often each task was admitted before, `batches_left` how many
+    more batches are wanted, if that is known: what could not be in any of them gets no slot."""
 
-    def __init__(self, config: RolloutConfig, attempts: Mapping[str, int]) -> None:
+    def __init__(self, config: RolloutConfig, attempts: Mapping[str, int], batches_left: int | None) -> None:
+        self.batches_left = batches_left
         self._groups_per_step = config.groups_per_step
         self._max_staleness = config.max_staleness
         self._held: dict[int, Held] = {}
@@ -89,17 +91,28 @@ class Slots:
 
     @property
     def free(self) -> bool:
-        return len(self._held) < (self._max_staleness + 1) * self._groups_per_step
+        places = (self._max_staleness + 1) * self._groups_per_step
+        if self.batches_left is None:
+            return len(self._held) < places
+        waiting = sum(not held.drawn for held in self._held.values()) + len(self._batch)
+        return len(self._held) < places and waiting < self.batches_left * self._groups_per_step
+
+    @property
+    def attempts(self) -> Mapping[str, int]:
+        return self._attempts
 
     @property
     def accounting(self) -> Accounting:
         return Accounting(admitted=self._admitted, trained=self._trained, dropped=dict(self._dropped), in_flight=len(self._held))
 
-    def admit(self, task: Task, *, version: int, plan: StagePlan, now_s: float) -> Held:
-        number, attempt = self._admitted, self._attempts[task.id]
+    def admit(self, task: Task, *, version: int, plan: StagePlan, now_s: float, attempt: int | None = None) -> Held:
+        """`attempt`: of one that an earlier process had admitted and not trained; else it is a new one."""
+        if attempt is None:
+            attempt = self._attempts[task.id]
+            self._attempts[task.id] += 1
+        number = self._admitted
         held = Held(number=number, task=task, attempt=attempt, start_version=version, plan=plan, admitted_s=now_s)
         self._held[number] = held
-        self._attempts[task.id] += 1
         self._admitted += 1
         return held
 
@@ -138,11 +151,6 @@ class Slots:
         """Not in a finished batch, and further behind `version` than allowed."""
         waiting = [held for held in self._held.values() if not held.drawn or held in self._batch]
         return [held for held in waiting if held.start_version < version - self._max_staleness]
-
-    def untrained(self) -> tuple[list[str], dict[str, int]]:
-        """The ids of all tasks that hold a slot, and the attempts as if these had never been admitted."""
-        ids = [held.task.id for held in self._held.values()]
-        return ids, dict(self._attempts - Counter(ids))  # without those at zero
 
     def _free(self, held: Held) -> None:
         del self._held[held.number]

@@ -58,6 +58,7 @@ async def train(
         telemetry,
         version=services.learner.version,
         curriculum_seed=config.seed,
+        num_batches=config.rl.num_steps - start,
         resume=resume["tasks"] if resume else None,
     )
     kept = _Kept(finished=start, saved=start)
