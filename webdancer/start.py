@@ -26,7 +26,7 @@ from webdancer.runs.benchmark import run_benchmark
 from webdancer.runs.chat import converse
 from webdancer.runs.evaluate import evaluate_stage
 from webdancer.runs.methods import asked_by_method, method_runner
-from webdancer.runs.questions import make_questions
+from webdancer.runs.questions import has_seeds, make_questions
 from webdancer.runs.quickstart import OpenServices
 from webdancer.runs.rl import train
 from webdancer.runs.sft import warm_start
@@ -44,7 +44,7 @@ async def quickstart(config: Config, telemetry: Telemetry, open_services: OpenSe
 
 async def synthesize(config: Config, telemetry: Telemetry, open_services: OpenServices) -> str:
     """The four pools of questions, from `synthesis.roots`, from `synthesis.seeds`, or from the offline web."""
-    elsewhere = config.synthesis.roots or config.synthesis.seeds
+    elsewhere = config.synthesis.roots or has_seeds(config)
     with nullcontext(config) if elsewhere else _web(config) as webbed, telemetry.phase(f"synthesize {config.synthesis.method}"):
         manifest = await make_questions(webbed, telemetry)
     made = ", ".join(f"{counts['questions']} {pool}" for pool, counts in manifest["counts"].items())
@@ -56,6 +56,7 @@ async def synthesize(config: Config, telemetry: Telemetry, open_services: OpenSe
 
 async def sample(config: Config, telemetry: Telemetry, open_services: OpenServices) -> str:
     """Demonstrations of the teacher on `sample.data`, or on the questions that `synthesize` left in the run directory."""
+    config = whole.dated(config)
     files = whole.RunFiles(run_dir=Path(config.run_dir))
     parts = {"tools", "judge"} | ({"rollout"} if config.sample.backend == "engine" else set())
     with _web(config) as webbed:

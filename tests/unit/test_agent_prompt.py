@@ -11,7 +11,7 @@ from tests.fakes import make_task
 from webdancer.agent.prompt import correction_text, force_text, prompt_messages, question_of, response_message
 from webdancer.config import PromptConfig
 from webdancer.errors import ConfigError
-from webdancer.types import MalformedAction
+from webdancer.types import MalformedAction, Task
 
 BRIEF = PromptConfig(style="brief")
 
@@ -56,3 +56,10 @@ def test_a_response_and_the_call_for_an_answer(prompt):
 def test_a_correction_says_what_was_wrong(prompt):
     reason = "the tool call is not valid JSON: {reason} {0} {"
     assert reason in correction_text(MalformedAction(reason=reason), prompt)
+
+
+def test_a_question_that_quotes_a_dialogue_stays_whole():
+    question = "Who said this?\n\nUser: hello\n\nUser: again"
+    for settings in ({"style": "released"}, {"style": "brief"}):
+        _, user = prompt_messages(Task(id="q", question=question, answers=()), PromptConfig(**settings))
+        assert question_of(user["content"]) == question

@@ -337,6 +337,6 @@ async def test_an_outage_in_an_evaluation_leaves_nothing_running():
 async def test_an_outage_in_sampling_leaves_nothing_running(tmp_path):
     runner = TimedRunner(latency_s=lambda task, member: 0.01 if task.id == "t0" else 60.0)
     teacher = Teacher(runner=OutageGuard(Fragile(runner, good=0), limit=1))
-    with closing(AttemptLog(tmp_path / "attempts.jsonl")) as log, pytest.raises(ServiceError):
+    with closing(AttemptLog(tmp_path / "attempts.jsonl", keep="quality")) as log, pytest.raises(ServiceError):
         await try_all(Config(), [make_task(index) for index in range(3)], teacher, log)
     assert runner.running == 0

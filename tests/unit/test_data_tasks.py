@@ -44,6 +44,7 @@ def test_ids_come_from_the_text_not_the_place(tmp_path):
     [
         (b"{", "must be JSON in UTF-8"),
         (b"\xff\xfe", "must be JSON in UTF-8"),
+        ({**ROW, "question": "Who \ud83d is it?"}, "must be JSON in UTF-8, got: .*surrogates not allowed"),
         (b"[" * 100_000, "must be JSON in UTF-8"),
         ([1], "must be a JSON object, got list"),
         ({"answer": "x"}, "question: must be a non-empty string, got None"),
@@ -101,6 +102,12 @@ def test_what_is_written_reads_back(tmp_path_factory, tasks):
     path = tmp_path_factory.mktemp("tasks") / "new" / "qa.jsonl"
     assert write_tasks(path, tasks) == len(tasks)
     assert read_tasks(path) == tuple(tasks)
+
+
+def test_half_a_surrogate_pair_is_never_written(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{**ROW, "question": "Who \ud83d is \U0001f600?"}])
+    assert read_tasks(tmp_path / "a.jsonl")[0].question == "Who ? is \U0001f600?"
+    assert read_tasks(write(tmp_path / "b.jsonl", {**ROW, "question": "\U0001f600"}))[0].question == "\U0001f600"
 
 
 def test_a_byte_order_mark_and_unicode_line_ends_are_read(tmp_path):

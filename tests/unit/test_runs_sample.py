@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import random
 from collections import Counter
@@ -13,7 +14,9 @@ from tests.rollout_fakes import TimedRunner, make_member, make_task, make_turn
 from tests.runs_fakes import make_config, open_telemetry
 from tests.virtual_time import run_virtual
 from webdancer.data.demonstrations import read_demonstrations
-from webdancer.data.tasks import read_tasks
+from webdancer.data.tasks import read_tasks, write_tasks
+from webdancer.errors import ConfigError
+from webdancer.runs.quickstart import dated, questions_for_teacher
 from webdancer.runs.sample import make_demonstrations
 from webdancer.runs.teacher import Teacher
 from webdancer.synthesis.sampling_files import SampleFiles
@@ -180,6 +183,34 @@ def test_a_job_that_died_goes_on_and_ends_with_the_same_files(tmp_path, stops_af
     sample(tmp_path / "cut", again, *settings)
     assert again.started == []
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_what_was_accepted_without_a_verdict_is_not_tried_again(tmp_path):
+    tasks = [dataclasses.replace(make_task(0), metadata={"outcomes": ["no_verdict", "right"]})]
+    sample(tmp_path, Runner(), "attempts=2", "keep=valid", tasks=tasks)
+    again = Runner()
+    sample(tmp_path, again, "attempts=2", "keep=valid", tasks=tasks)
+    assert (again.started, demonstrations(tmp_path)) == ([], ["t0/0/0"])
+
+
+def test_a_question_of_both_the_teacher_and_rl_is_refused(tmp_path):
+    same = dataclasses.replace(make_task(7), id="other")
+    for reserved in (make_task(7), same):
+        write_tasks(tmp_path / "sample.jsonl", TASKS[:9])
+        write_tasks(tmp_path / "rl.jsonl", [make_task(50), reserved])
+        config = make_config(tmp_path / "run", f"sample.data={tmp_path / 'sample.jsonl'}", f"rl.data={tmp_path / 'rl.jsonl'}")
+        with pytest.raises(ConfigError, match=f"rl.data: must share no question .* got '{reserved.id}' in both"):
+            questions_for_teacher(config)
+
+
+def test_the_date_of_a_prompt_is_that_of_the_first_start(tmp_path):
+    config = make_config(tmp_path, "prompt.style=released")
+    first = dated(config)
+    assert first.prompt.current_date == datetime.date.today().isoformat()
+    (tmp_path / "date").write_text("2026-01-31")
+    assert dated(config).prompt.current_date == "2026-01-31"
+    assert dated(make_config(tmp_path, "prompt.style=released", "prompt.current_date=2026-02-01")).prompt.current_date == "2026-02-01"
+    assert dated(make_config(tmp_path, "prompt.style=brief")).prompt.current_date == ""
 
 
 def test_what_an_outage_took_is_tried_again_by_the_next_start(tmp_path):

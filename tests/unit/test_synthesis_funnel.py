@@ -71,6 +71,12 @@ def test_validity_says_what_is_wrong_with_the_form(text, reason):
     assert (decision.keep, decision.reason) == (not reason, reason)
 
 
+def test_a_special_token_in_a_thought_is_nothing_that_sft_can_read():
+    text = search("a").replace("<think>", "<think>\n<|fim_pad|>", 1)
+    assert validity(attempt((text, "Nothing."), answer("a"))).reason == "malformed"
+    assert validity(attempt((search("a") + "<|im_end|>", "Nothing."), answer("a"))).keep
+
+
 def test_an_answer_is_last_or_it_is_none():
     assert validity(attempt((answer("a"), "x"), answer("b"))).reason == "no_answer"
     assert validity(attempt()).reason == "no_answer"
@@ -166,6 +172,7 @@ def test_to_try_again_after_an_error_is_not_redundant():
         (("1984",), ["In 1984 it was", "a", "b"], 0),
         (("no", "Bana School"), ["There is no more", "Bana School"], 0),
         (("Bana School",), ["a", "b", "Bana School"], 0),
+        (("北京大学",), ["他毕业于北京大学。", "a", "b"], 2),
     ],
 )
 def test_calls_after_the_answer_was_seen(answers, observations, late):

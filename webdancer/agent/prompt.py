@@ -123,6 +123,10 @@ RETRIEVED = "retrieved"
 
 TRUNCATED = "\n[truncated]"
 
+_USER = "\n\nUser: "
+_TOLD_APART_BY = 60
+"""Characters at which the released message begins, in whatever version of it."""
+
 _FORCE = {
     "released": (
         "No more tool calls are possible. Think once more about all the information above and give the answer that you consider most "
@@ -168,9 +172,12 @@ def _prompt_without_tools(task: Task, prompt: PromptConfig) -> tuple[Message, Me
 
 
 def question_of(user_content: str) -> str:
-    """The question in a first user message, of either style."""
-    _, found, question = user_content.rpartition("\n\nUser: ")
-    return question if found else user_content
+    """The question in a first user message, of either style; a question may hold `User:` itself."""
+    if not user_content.startswith((RELEASED_USER[:_TOLD_APART_BY], RELEASED_USER_WITHOUT_TOOLS)):
+        return user_content
+    at = user_content.rfind if user_content.startswith(RELEASED_USER_WITHOUT_TOOLS) else user_content.find
+    found = at(_USER)
+    return user_content[found + len(_USER) :] if found >= 0 else user_content
 
 
 def response_message(text: str, *, forced: bool, prompt: PromptConfig) -> Message:

@@ -33,14 +33,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write all rows or, on any error, leave what was there; returns their number."""
+    """Write all rows or, on any error, leave what was there; returns their number. Half a surrogate pair, which is no text, becomes `?`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     count = 0
     try:
         with os.fdopen(handle, "wb") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -86,7 +86,9 @@ def _shown(value: Any) -> str:
 def _row(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text: no tokenizer takes it
+    except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise DataError(f"{place}: must be JSON in UTF-8, got: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: must be a JSON object, got {type(row).__name__}")

@@ -7,7 +7,7 @@ answers.jsonl           what the model was paid for; nothing in it is asked agai
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +34,7 @@ from webdancer.synthesis.model_rounds import ModelRounds
 from webdancer.synthesis.page import CrawledPage
 from webdancer.synthesis.page_questions import PageQuestions
 from webdancer.synthesis.pools import PoolFiles, split_of
+from webdancer.synthesis.seeds import sift_seeds
 from webdancer.telemetry import Telemetry
 from webdancer.telemetry.questions_report import write_questions_report
 from webdancer.tools.extraction import Extraction
@@ -55,17 +56,20 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
     """All of it, in the run directory; gives the manifest. Raises ServiceError for a web or model that does not answer, ConfigError."""
     run_dir = Path(config.run_dir)
     synthesis = config.synthesis
-    seeds = read_tasks(synthesis.seeds) if synthesis.seeds else ()
+    seeds = read_tasks(synthesis.seeds) if has_seeds(config) else ()
     evaluation = [task.question for entry in synthesis.evaluation_sets for task in load_evaluation_set(entry)]
+    hygiene, seed_hygiene = (Hygiene(near_duplicate=synthesis.near_duplicate, evaluation=evaluation) for _ in range(2))
+    seeds_by_split, unfit = sift_seeds(seeds, seed_hygiene)
     crawled = Crawl(pages=(), failed={}, left=0) if seeds else await _crawl(config, telemetry, run_dir / "crawl")
     files = PoolFiles(run_dir / "questions", synthesis)
     ledger = Ledger(budget_usd=config.tools.budget_usd, path=run_dir / SPENDING)
-    hygiene = Hygiene(near_duplicate=synthesis.near_duplicate, evaluation=evaluation)
     async with AsyncExitStack() as stack:
         stack.callback(files.close)
+        for outcome in unfit:
+            files.add(outcome)
         model = await stack.enter_async_context(_model(config, run_dir)) if synthesis.llm.base_url else None
         stack.callback(ledger.write)
-        source = await _source(config, crawled.pages, seeds, model, ledger, stack)
+        source = await _source(config, crawled.pages, seeds_by_split if seeds else None, model, ledger, stack)
         asked = closed_book(model, attempts=synthesis.closed_book_attempts) if model and synthesis.closed_book_attempts else None
         with telemetry.progress("questions", total=sum(need.count for need in files.needs)) as progress:
             num_left_out = 0
@@ -78,6 +82,11 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
         manifest = files.finish(provenance(config, crawled) | {"cost": cost(usage, ledger.spent)})
     write_questions_report(run_dir / "questions")
     return manifest
+
+
+def has_seeds(config: Config) -> bool:
+    """Whether questions begin with given ones; CRAWLQA has no use for any."""
+    return bool(config.synthesis.seeds) and config.synthesis.method == "e2hqa"
 
 
 async def _crawl(config: Config, telemetry: Telemetry, folder: Path) -> Crawl:
@@ -128,7 +137,7 @@ async def _crawl(config: Config, telemetry: Telemetry, folder: Path) -> Crawl:
 async def _source(
     config: Config,
     pages: Iterable[CrawledPage],
-    seeds: tuple[Task, ...],
+    seeds: Mapping[str, Sequence[Task]] | None,
     model: ChatModel | None,
     ledger: Ledger,
     stack: AsyncExitStack,
@@ -140,13 +149,10 @@ async def _source(
     if synthesis.method == "crawlqa":
         return ModelQuestions(by_split, model, seed=config.seed) if model else PageQuestions(by_split, seed=config.seed)
     search = await stack.enter_async_context(_search(config, pages, ledger))
-    if not seeds:
+    if seeds is None:
         return EasyToHard(InfoboxRounds(by_split, search), max_rounds=synthesis.max_rounds, seed=config.seed)
     assert model is not None  # config_validation: seeds need one
-    seeds_by_split: dict[str, list[Task]] = {}
-    for task in seeds:
-        seeds_by_split.setdefault(split_of(task.answers[0].casefold()), []).append(task)
-    return EasyToHard(ModelRounds(seeds_by_split, model, search), max_rounds=synthesis.max_rounds, seed=config.seed)
+    return EasyToHard(ModelRounds(seeds, model, search), max_rounds=synthesis.max_rounds, seed=config.seed)
 
 
 @asynccontextmanager
@@ -154,7 +160,7 @@ async def _search(config: Config, pages: Iterable[CrawledPage], ledger: Ledger) 
     """The configured search; where none is and other sites were crawled, a search over what was crawled."""
     tools = config.tools
     if tools.search.backend == "retrieve" and not tools.search.url:
-        if config.synthesis.seeds:
+        if has_seeds(config):
             raise ConfigError(
                 "tools.search.url: must be the origin of a search server, or tools.search.backend a provider, for seeds, got ''"
             )

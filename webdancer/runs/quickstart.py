@@ -13,6 +13,7 @@ Each phase leaves its result in the run directory before the next one starts, so
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from webdancer.config import Config, VisitConfig
 from webdancer.data.demonstrations import demonstration_sample, read_demonstrations
 from webdancer.data.tasks import TaskStream, read_tasks
+from webdancer.errors import ConfigError
 from webdancer.interfaces import Learner, Services
 from webdancer.offline_web.server import running_server
 from webdancer.runs.evaluate import evaluate_stage
@@ -34,6 +36,7 @@ from webdancer.synthesis.sampling_files import SampleFiles
 from webdancer.telemetry import Telemetry
 from webdancer.telemetry.report import write_report
 from webdancer.types import Task
+from webdancer.whole_file import write_whole
 
 
 class OpenServices(Protocol):
@@ -60,6 +63,7 @@ class RunFiles(SampleFiles):
 
 async def run(config: Config, telemetry: Telemetry, open_services: OpenServices) -> Path:
     """Everything, or what is left of it; returns the path of the report."""
+    config = dated(config)
     files = RunFiles(run_dir=Path(config.run_dir))
     with running_server(seed=config.web.seed, num_entities=config.web.num_entities, port=config.web.port) as origin:
         config = with_offline_web(config, origin)
@@ -95,12 +99,27 @@ async def sample(config: Config, services: Services, telemetry: Telemetry) -> No
 
 
 def questions_for_teacher(config: Config) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """Those to try, and those that are RL's: of the files that the config names, else of what `synthesize` left."""
+    """Those to try, and those that are RL's: of the files that the config names, else of what `synthesize` left.
+
+    Raises ConfigError where a question is in both: a demonstration of it would be trained on twice.
+    """
     pools = read_pools(config) if have_pools(config) else None
     tasks = read_tasks(config.sample.data) if config.sample.data else read_pools(config).sft
-    if config.rl.data:
-        return tasks, read_tasks(config.rl.data)
-    return tasks, pools.rl if pools else ()
+    reserved = read_tasks(config.rl.data) if config.rl.data else pools.rl if pools else ()
+    known = {text for task in tasks for text in (task.id, task.question)}
+    if twice := next((task for task in reserved if task.id in known or task.question in known), None):
+        raise ConfigError(f"rl.data: must share no question with those for the teacher (sample.data), got {twice.id!r} in both")
+    return tasks, reserved
+
+
+def dated(config: Config) -> Config:
+    """The config with the date that prompts show, if it is left to us: that of the first start, so that a resumed job asks the same."""
+    if config.prompt.current_date or config.prompt.style != "released":
+        return config
+    first = Path(config.run_dir) / "date"
+    if not first.exists():
+        write_whole(first, datetime.date.today().isoformat().encode())
+    return replace(config, prompt=replace(config.prompt, current_date=first.read_text()))
 
 
 async def learn(config: Config, files: RunFiles, services: Services, telemetry: Telemetry) -> None:

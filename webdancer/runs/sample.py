@@ -42,7 +42,7 @@ async def make_demonstrations(
 ) -> str:
     """Try all `tasks` and write all files; `reserved` are RL's from the start. Returns what to say of it."""
     files = SampleFiles(run_dir=Path(config.run_dir))
-    with closing(AttemptLog(files.attempts)) as log:
+    with closing(AttemptLog(files.attempts, keep=config.sample.keep)) as log:
         known = sum(_is_done(log.of(task), config) for task in tasks)
         with telemetry.progress("teacher", total=len(tasks), start=known) as progress:
             await try_all(

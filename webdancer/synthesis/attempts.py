@@ -54,14 +54,14 @@ class Question:
 class AttemptLog:
     """Opening reads what earlier starts wrote. What an outage took is forgotten, and so tried again."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError for a file that is not such a log; a torn last line is cut off."""
+    def __init__(self, path: Path, *, keep: str) -> None:
+        """keep: sample.keep. Raises DataError for a file that is not such a log; a torn last line is cut off."""
         self.path = path
         self._writer = JsonlWriter(path)
         self._records: dict[str, dict[int, Record]] = {}
         for offset, row in read_placed(path):
             record = _record(row, offset, path)
-            if not record.outcome.is_undecided:
+            if not record.outcome.is_undecided or record.outcome.is_kept(keep):
                 self._records.setdefault(record.task_id, {})[record.attempt] = record
 
     def of(self, task: Task) -> tuple[Record, ...]:

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from webdancer.agent.actions import RESPONSE_CLOSE, RESPONSE_OPEN, conforms, outline, parse_action
-from webdancer.agent.prompt import TRUNCATED, observation_of
+from webdancer.agent.actions import RESPONSE_CLOSE, RESPONSE_OPEN, conforms, outline, parse_action, strip_end_of_turn
+from webdancer.agent.prompt import TRUNCATED, neutral_specials, observation_of
 from webdancer.config import QualityConfig
 from webdancer.data.demonstrations import Demonstration
 from webdancer.rewards.judge import normalise
+from webdancer.synthesis.similar import words
 from webdancer.types import Action, FinalAnswer, MalformedAction, ScoredTrajectory, ToolCall, Verdict
 
 Stage = Literal["outage", "validity", "correctness", "quality", "passed"]
@@ -143,7 +144,8 @@ def sift(attempt: Attempt, verdict: Verdict, config: QualityConfig, *, outage: s
 def validity(attempt: Attempt, *, tools: Set[str] = KNOWN_TOOLS) -> Decision:
     """Every turn one thought and one action, ended by the teacher itself; known tools; no observation of its own making; an answer last.
 
-    Keeps exactly what `rewards.reward.format_score` calls well-formed, less the calls of unknown tools.
+    Keeps exactly what `rewards.reward.format_score` calls well-formed, less the calls of unknown tools, and special tokens of a chat
+    format, which SFT would read as such.
     """
     for number, step in enumerate(attempt.steps, start=1):
         if (reason := _invalid(step, tools)) is not None:
@@ -210,13 +212,17 @@ def calls_after_answer(attempt: Attempt) -> int:
 
     Numbers and very short answers do not count as seen: they stand everywhere by chance.
     """
-    wanted = [words for alias in attempt.answers if len(words := normalise(alias)) >= _MIN_ANSWER_CHARS and not words.isdigit()]
+    wanted = [told for alias in attempt.answers if len(told := _told(alias)) >= _MIN_ANSWER_CHARS and not told.isdigit()]
     calls = attempt.calls
     for index, (_, step) in enumerate(calls):
-        text = f" {normalise((step.observation or '').removesuffix(TRUNCATED))} "
-        if any(f" {words} " in text for words in wanted):
+        text = f" {_told((step.observation or '').removesuffix(TRUNCATED))} "
+        if any(f" {told} " in text for told in wanted):
             return len(calls) - index - 1
     return 0
+
+
+def _told(text: str) -> str:
+    return " ".join(words(normalise(text)))
 
 
 def _invalid(step: Step, tools: Set[str]) -> str | None:
@@ -224,7 +230,8 @@ def _invalid(step: Step, tools: Set[str]) -> str | None:
         return "simulated_observation"
     if step.cut:
         return "cut_off"
-    if isinstance(step.action, MalformedAction) or not conforms(step.text):
+    written = strip_end_of_turn(step.text)
+    if isinstance(step.action, MalformedAction) or not conforms(step.text) or neutral_specials(written) != written:
         return "malformed"
     return "unknown_tool" if isinstance(step.action, ToolCall) and step.action.name not in tools else None
 
