@@ -93,6 +93,8 @@ async def rl(config: Config, telemetry: Telemetry, open_services: OpenServices) 
             cursor = await whole.load_cursor(files, live.learner)
             await live.weights.publish(live.learner.version)
             resume = cursor if cursor and cursor["phase"] == "rl" else None
+            if not heldout:
+                telemetry.say("  note: no held-out questions (evaluation.data), so that nothing is evaluated")
             if heldout and resume is None:
                 await whole.evaluate_once(webbed, files, heldout, live, telemetry, stage="rl-0")
             with telemetry.phase("RL"):

@@ -53,12 +53,13 @@ def test_a_warm_start_that_is_done_is_not_done_again(config, tmp_path):
     assert learner.events == [("export", 2)]
 
 
-def test_rl_asks_the_held_out_questions_before_and_after(tmp_path):
+@pytest.mark.parametrize("num_heldout", [2, 0])
+def test_rl_asks_the_held_out_questions_before_and_after(tmp_path, capsys, num_heldout):
     tasks = [make_task(index) for index in range(4)]
     write_tasks(tmp_path / "rl.jsonl", tasks)
-    write_tasks(tmp_path / "heldout.jsonl", tasks[:2])
-    settings = ["rl.num_steps=2", "rl.evaluate_every=0", "tools.search.url=http://127.0.0.1:9", "tools.visit.site=http://127.0.0.1:9"]
-    files = [f"rl.data={tmp_path}/rl.jsonl", f"evaluation.data={tmp_path}/heldout.jsonl"]
+    write_tasks(tmp_path / "heldout.jsonl", tasks[:num_heldout])
+    settings = ["rl.num_steps=2", f"rl.evaluate_every={0 if num_heldout else 1}", "tools.search.url=http://127.0.0.1:9", "tools.visit.site=http://127.0.0.1:9"]
+    files = [f"rl.data={tmp_path}/rl.jsonl"] + [f"evaluation.data={tmp_path}/heldout.jsonl"] * bool(num_heldout)
     learner = FakeLearner([])
 
     @asynccontextmanager
@@ -69,8 +70,9 @@ def test_rl_asks_the_held_out_questions_before_and_after(tmp_path):
     with open_telemetry(config) as telemetry:
         run_virtual(start.rl(config, telemetry, open_services))
     found = {path.stem: read_evaluation(path) for path in (tmp_path / "run" / "evaluations").glob("*.json")}
-    assert {stage: len(one.rows) for stage, one in found.items()} == {"rl-0": 2, "rl-2": 2}
-    assert found["rl-2"].version == learner.version
+    assert {stage: len(one.rows) for stage, one in found.items()} == ({"rl-0": 2, "rl-2": 2} if num_heldout else {})
+    assert all(one.version == (learner.version if stage == "rl-2" else 0) for stage, one in found.items())
+    assert ("no held-out questions" in capsys.readouterr().out) == (num_heldout == 0)
 
 
 def test_a_run_that_went_on_to_rl_has_no_warm_start_to_resume(config, tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ async def train(
 ) -> None:
     """Run `rl.num_steps` steps; `resume` is the cursor of a checkpoint that the learner has loaded and the engines serve already.
 
-    The evaluations before the first and after the last step are the caller's.
+    The evaluations before the first and after the last step are the caller's; without held-out questions there are none in between.
     """
     run_dir = Path(config.run_dir)
+    evaluates_after = partial(_evaluates_after, config=config, heldout=heldout)
     start = int(resume["step"]) if resume else 0
     if resume is None:
         await services.learner.begin(_phase(config))
-    elif _evaluates_after(start, config) and not (run_dir / "evaluations" / f"rl-{start}.json").exists():
+    elif evaluates_after(start) and not (run_dir / "evaluations" / f"rl-{start}.json").exists():
         # The run was stopped between this checkpoint and its evaluation.
         await _evaluate(start, config, heldout, services, telemetry)
     progress = telemetry.progress("RL", total=config.rl.num_steps, start=start)
@@ -83,7 +85,7 @@ async def train(
                 if is_due(step, every=config.rl.save_every, last=config.rl.num_steps):
                     await _save(step, collector, run_dir, services)
                     kept.saved = step
-                if _evaluates_after(step, config):
+                if evaluates_after(step):
                     await _evaluate(step, config, heldout, services, telemetry)
     await services.learner.saved()
 
@@ -137,9 +139,9 @@ async def _save(step: int, collector: GroupCollector, run_dir: Path, services: S
     await services.learner.save(run_dir / "checkpoints", {"phase": "rl", "step": step, "tasks": collector.state_dict()})
 
 
-def _evaluates_after(step: int, config: Config) -> bool:
+def _evaluates_after(step: int, *, config: Config, heldout: Sequence[Task]) -> bool:
     every = config.rl.evaluate_every
-    return every > 0 and step % every == 0 and 0 < step < config.rl.num_steps
+    return len(heldout) > 0 and every > 0 and step % every == 0 and 0 < step < config.rl.num_steps
 
 
 async def _evaluate(step: int, config: Config, heldout: Sequence[Task], services: Services, telemetry: Telemetry) -> None:
