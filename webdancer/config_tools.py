@@ -23,6 +23,7 @@ class SearchConfig:
     snippet_sentences: int = 0
     """Sentences of a snippet at most; 0: as many as fit."""
     timeout_s: float = 30.0
+    """Of one request; for its turn under a quota a search waits as long again."""
     requests_per_s: float = 0.0
     """Quota of the provider, over the whole cluster; 0: none."""
     usd_per_1000: float = 0.0
@@ -120,7 +121,7 @@ class ToolsConfig:
     cache_days: float = 7.0
     """How long a page or result list is remembered. What failed for want of a server never is."""
     cache_negative_hours: float = 1.0
-    """How long it is remembered that a page is not there or cannot be read."""
+    """How long it is remembered that a page is not there or cannot be read, or that nothing was found."""
     budget_usd: float = 0.0
     """Money for priced requests of tools and judge over all starts of the run; once it is spent the run stops, and what is finished is
     kept. 0: no bound."""

@@ -124,7 +124,7 @@ def by_provider(uses: Iterable[ToolUse]) -> dict[str, ToolUse]:
 class ToolResult:
     """What the agent reads. `error` is a stable code (None when all went well); the text then explains it to the agent.
 
-    throttled: a quota or an open breaker held the call up or turned it away, so that fewer calls at once would do better.
+    throttled: a quota or a provider in trouble held the call up or turned it away, so that fewer calls at once would do better.
     """
 
     text: str
