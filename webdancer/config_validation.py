@@ -234,7 +234,11 @@ def _check_tools(config: Config) -> None:
 
 
 def _check_providers(config: Config) -> None:
-    search, summarizer = config.tools.search, config.tools.visit.summarizer
+    search, visit, summarizer = config.tools.search, config.tools.visit, config.tools.visit.summarizer
+    for section, service, asks_none in (("search", search, search.backend == "index"), ("visit", visit, visit.backend == "direct")):
+        for name in ("url", "requests_per_s", "usd_per_1000") if asks_none else ():
+            rule = f"be unset when tools.{section}.backend is {service.backend}, which asks no service"
+            _require(not getattr(service, name), f"tools.{section}.{name}", rule, getattr(service, name))
     if search.backend in ("brave", "tavily"):
         _limit(search.top_k, "tools.search.top_k", 20, f"what {search.backend} gives")
     if search.backend == "searxng":
@@ -243,11 +247,11 @@ def _check_providers(config: Config) -> None:
         _require(
             bool(search.index), "tools.search.index", "name the folder of a built web when tools.search.backend is index", search.index
         )
-    if summarizer.backend == "openai":
-        rule = "be the URL of an OpenAI-compatible endpoint, without credentials, when the summarizer's backend is openai"
     if summarizer.backend == "engine":
         rule = "be vllm when tools.visit.summarizer.backend is engine, as the judges' engines are what it asks"
         _require(config.judge.backend == "vllm", "judge.backend", rule, config.judge.backend)
+    if summarizer.backend == "openai":
+        rule = "be the URL of an OpenAI-compatible endpoint, without credentials, when the summarizer's backend is openai"
         _require(bool(_ENDPOINT.fullmatch(summarizer.base_url)), "tools.visit.summarizer.base_url", rule, summarizer.base_url)
 
 

@@ -180,3 +180,20 @@ async def test_who_starts_a_flight_that_others_share_pays_for_it():
 
     uses = await asyncio.gather(*(asyncio.create_task(one()) for _ in range(16)))
     assert sorted((use.requests, use.hits, use.usd) for (use,) in uses) == [(0, 1, 0.0)] * 15 + [(1, 0, 0.5)]
+
+
+async def test_what_held_one_up_held_up_all_who_waited_for_the_same():
+    cache = SingleFlightCache(max_entries=9, max_size=99, size_of=len)
+
+    async def slow():
+        await asyncio.sleep(0.01)
+        bill().throttled = True
+        return "found"
+
+    async def call():
+        mine = open_bill()
+        await cache.get("key", slow)
+        return mine.throttled
+
+    assert await asyncio.gather(*(asyncio.create_task(call()) for _ in range(4))) == [True] * 4
+    assert not await asyncio.create_task(call()), "it is remembered by now"

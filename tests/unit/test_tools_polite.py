@@ -13,7 +13,7 @@ import pytest
 from tests.hostile_server import hostile_server, response
 from tests.virtual_time import run_virtual
 from webdancer.config import PoliteConfig
-from webdancer.tools import polite
+from webdancer.tools import polite, robots
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy
 from webdancer.tools.ledger import Ledger, Provider, open_bill
 from webdancer.tools.polite import NotAsked, PoliteFetcher, not_asked_code, retry_after_s
@@ -335,3 +335,62 @@ def test_rules_that_failed_to_come_are_asked_for_again():
         return found
 
     assert run_virtual(main()) == [None, None, True, True]
+
+
+@pytest.mark.parametrize("handler", [response(b"x", Content_Encoding="br"), response(b"not gzip", Content_Encoding="gzip")])
+async def test_what_cannot_be_read_is_not_asked_for_again_and_the_host_is_well(handler):
+    async with hostile_server({"/x": handler, "/y": response("here")}) as server, fetcher_for(server, breaker_failures=2) as fetcher:
+        for _ in range(4):
+            with pytest.raises(FetchFailed):
+                await fetcher.fetch(f"{server.origin}/x")
+        assert (await fetcher.fetch(f"{server.origin}/y")).text == "here"
+    assert len(server.requests) == 5
+
+
+def test_a_host_that_answers_with_what_nobody_reads_is_well():
+    web = Web(x=[(500, "", {})] * 2 + [(200, "x", {"content-type": "image/png"})], y=(200, "y", {}))
+
+    async def main():
+        async with web.fetcher(robots=False, max_attempts=1, breaker_failures=2, breaker_open_s=30) as fetcher:
+            for _ in range(2):
+                await fetcher.fetch("https://site.org/x")
+            await asyncio.sleep(30)
+            with pytest.raises(BlockedUrl):
+                await fetcher.fetch("https://site.org/x")
+            return (await fetcher.fetch("https://site.org/y")).text
+
+    assert run_virtual(main()) == "y"
+
+
+def test_every_redirect_waits_for_its_turn_and_is_its_own_hosts():
+    """A crawl's too: to the same host, or to publishers that fail, for which the redirector is not left alone."""
+    pages = {f"a{n}": (302, "", {"location": f"https://site.org/a{n + 1}"}) for n in range(4)} | {"a4": (200, "page", {})}
+    pages |= {f"doi{n}": (302, "", {"location": f"https://p{n}.org/down"}) for n in range(6)} | {"down": (503, "", {})}
+    web = Web(**pages)
+
+    async def main():
+        async with web.fetcher(robots=False, host_requests_per_s=0.5, patience_s=1e6, max_attempts=1) as fetcher:
+            assert (await fetcher.fetch("https://site.org/a0")).text == "page"
+            return [(await fetcher.fetch(f"https://doi.org/doi{n}")).status for n in range(6)]
+
+    assert run_virtual(main()) == [503] * 6
+    assert web.times[:5] == [0.0, 2.0, 4.0, 6.0, 8.0]
+
+
+def test_the_rules_of_many_hosts_are_kept_as_far_as_there_is_room(monkeypatch):
+    monkeypatch.setattr(robots, "_MAX_CHARS_KEPT", 100_000)
+    asked = []
+
+    async def ask(url):
+        asked.append(url)
+        return Answer(200, "User-agent: *\nDisallow: /b\n" + "# padding\n" * 3_000)
+
+    async def main():
+        rules = Robots(ask)
+        for _ in range(2):
+            for n in range(4):
+                assert await rules.look_up(f"https://s{n}.org/a") == (True, 0.0)
+                assert await rules.look_up(f"https://s{n}.org/b") == (False, 0.0)
+
+    asyncio.run(main())
+    assert len(asked) == 8, "three of four fit"

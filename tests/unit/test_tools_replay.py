@@ -91,6 +91,15 @@ async def test_the_first_answer_stays(tmp_path):
         assert {result.text for result in results} == {"answer 0"}
 
 
+async def test_a_run_that_goes_on_asks_nobody_for_what_its_recording_has(tmp_path):
+    """Nor pays for it; and an outage by then would be seen now, and not by who replays."""
+    await record(tmp_path / "r", search("x"), reply="answer 1")
+    asked = []
+    again = await record(tmp_path / "r", search("x"), search("x"), search("y"), reply=lambda call: asked.append(call) or "answer 2")
+    assert [result.text for result in again] == ["answer 1", "answer 1", "answer 2"]
+    assert [call.arguments["query"] for call in asked] == ["y"]
+
+
 async def test_outages_are_not_recorded_and_other_errors_are(tmp_path):
     results = {
         "down": ToolResult(text="later", error=UNAVAILABLE),

@@ -102,6 +102,10 @@ class LedgerServer:
         assert self._recording is not None, "record without tools.replay.mode record"
         return await self._recording.record(question, said)
 
+    async def recorded(self, question: str) -> Said | None:
+        assert self._recording is not None, "recorded without tools.replay.mode record"
+        return await self._recording.recorded(question)
+
     async def spent(self) -> Mapping[str, Mapping[str, float]]:
         """Requests and dollars by provider, over all starts of the run."""
         return self._ledger.spent
@@ -129,6 +133,10 @@ class RemoteLedger:
     async def record(self, question: str, said: Said) -> Said:
         first: Said = await self._actor.record.remote(question, said)
         return first
+
+    async def recorded(self, question: str) -> Said | None:
+        said: Said | None = await self._actor.recorded.remote(question)
+        return said
 
 
 class JudgeServer:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import AsyncIterator
 
 from webdancer.tools.gate import BlockedUrl
-from webdancer.tools.network import FetchFailed
+from webdancer.tools.network import FetchFailed, Unreadable
 
 ACCEPT_ENCODING = "gzip, deflate"
 """Only what can be decompressed step by step under a cap with the standard library."""
@@ -35,7 +35,7 @@ class _Inflater:
     def __init__(self, encoding: str) -> None:
         encoding = encoding.strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise FetchFailed(f"the server answered in an encoding that was not asked for: {encoding[:40]}")
+            raise Unreadable(f"the server answered in an encoding that was not asked for: {encoding[:40]}")
         self._deflate = encoding == "deflate"
         self._stream = None if encoding in ("", "identity") else zlib.decompressobj(wbits=47)
         self._began = False
@@ -59,7 +59,7 @@ class _Inflater:
                 output += self._stream.decompress(rest, limit - len(output))
             return output
         except zlib.error as error:
-            raise FetchFailed(f"the body is not valid compressed data: {error}") from error
+            raise Unreadable(f"the body is not valid compressed data: {error}") from error
 
     def finish(self) -> None:
         """There is no more to come."""

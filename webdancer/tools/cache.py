@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from webdancer.tools.ledger import bill
+from webdancer.tools.ledger import Bill, bill
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -62,7 +62,7 @@ class SingleFlightCache(Generic[K, V]):
         self._clock = clock
         self._size = 0
         self._values: OrderedDict[K, Kept[V]] = OrderedDict()
-        self._flights: dict[K, asyncio.Task[tuple[V, bool]]] = {}
+        self._flights: dict[K, tuple[asyncio.Task[tuple[V, bool]], Bill]] = {}
 
     async def get(self, key: K, compute: Callable[[], Awaitable[V]]) -> tuple[V, bool]:
         """The value, and whether it took no work of its own. A caller that is cancelled leaves the flight to the others."""
@@ -72,7 +72,7 @@ class SingleFlightCache(Generic[K, V]):
         return value, cached
 
     async def aclose(self) -> None:
-        flights = list(self._flights.values())
+        flights = [flight for flight, _ in self._flights.values()]
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
@@ -82,13 +82,16 @@ class SingleFlightCache(Generic[K, V]):
         if kept is not None and self._clock() < kept.expires:
             self._values.move_to_end(key)
             return kept.value, True
-        flight = self._flights.get(key)
-        shared = flight is not None
-        if flight is None:
+        shared = key in self._flights
+        if not shared:
             flight = asyncio.ensure_future(self._fly(key, compute))
-            self._flights[key] = flight
+            self._flights[key] = flight, bill()
             flight.add_done_callback(lambda done: self._land(key, done))
-        value, shelved = await asyncio.shield(flight)
+        flight, whose = self._flights[key]
+        try:
+            value, shelved = await asyncio.shield(flight)
+        finally:
+            bill().throttled |= whose.throttled  # what held up who pays held up all of them
         return value, shared or shelved
 
     async def _fly(self, key: K, compute: Callable[[], Awaitable[V]]) -> tuple[V, bool]:

@@ -18,9 +18,12 @@ from urllib.parse import urljoin
 from webdancer.tools.body import ACCEPT_ENCODING, read_body
 from webdancer.tools.charset import decode_text
 from webdancer.tools.gate import BLOCK_CODES, BlockedUrl, FetchPolicy, Target, check_characters, check_url, parse_target
-from webdancer.tools.network import Exchange, FetchFailed, Network, Resolve, Transport, resolve_name
+from webdancer.tools.network import Exchange, FetchFailed, Network, Resolve, Transport, Unreadable, resolve_name
 
-__all__ = ["BLOCK_CODES", "BlockedUrl", "FetchFailed", "FetchPolicy", "Fetcher", "OpenFetcher", "Page", "Resolve", "Transport", "check_url"]
+__all__ = [
+    "BLOCK_CODES", "BlockedUrl", "FetchFailed", "FetchPolicy", "Fetcher", "OpenFetcher", "Page", "Resolve", "Transport", "Unreadable",
+    "check_url",
+]  # fmt: skip
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _USER_AGENT = "webdancer/0.1"
@@ -69,9 +72,7 @@ class Fetcher:
                 page = await self._get(target)
                 if not page.moved_to or not follow:
                     return page
-                moved = parse_target(page.moved_to, self.policy)
-                await self._follow(target, moved)
-                target = moved
+                target = parse_target(page.moved_to, self.policy)
         raise BlockedUrl("too_many_redirects", f"more than {self.policy.max_redirects} redirects")
 
     async def post_json(self, url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> Page:
@@ -97,9 +98,6 @@ class Fetcher:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.aclose()
-
-    async def _follow(self, before: Target, target: Target) -> None:
-        """Called before a redirect is followed; whoever has more rules than the gate raises here."""
 
     async def _get(self, target: Target) -> Page:
         """The page, or a redirect that passes the gate."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import isawaitable
 from ipaddress import ip_address
-from ssl import SSLContext
+from ssl import SSLCertVerificationError, SSLContext
 from typing import Any
 
 import httpcore
@@ -47,6 +47,10 @@ _STALE = (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError)
 
 class FetchFailed(WebDancerError):
     """The request was allowed but no whole response came: refused, reset, broken protocol or encoding."""
+
+
+class Unreadable(FetchFailed):
+    """The server is there, and what it says cannot be read however often it is asked: its certificate, its encoding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +160,8 @@ class Network:
             except _TIMEOUTS as error:
                 raise BlockedUrl("timeout", f"{target.host} took too long") from error
             except _FAILURES as error:
-                raise FetchFailed(f"{target.host}: {type(error).__name__} {error}".strip()) from error
+                kind = Unreadable if _is_certificate(error) else FetchFailed
+                raise kind(f"{target.host}: {type(error).__name__} {error}".strip()) from error
             finally:
                 if hasattr(stream, "aclose"):
                     await stream.aclose()
@@ -173,14 +178,19 @@ class Network:
             if not target.trusted and target.address is None:
                 await checked_addresses(self._resolve, target.host)
             return await self._transport.handle_async_request(request)
-        pool = self._pool(target.trusted)
+        pool, fresh = self._pool(target.trusted), False
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal fresh
+            fresh = fresh or event == "connection.connect_tcp.started"
+
         try:
-            return await pool.handle_async_request(_core_request(request))
+            return await pool.handle_async_request(_core_request(request, trace))
         except _STALE:
-            if request.method != "GET":
+            if request.method != "GET" or fresh:
                 raise
-            # The server closed a kept-alive connection just as it was picked.
-            return await pool.handle_async_request(_core_request(request))
+            # The server closed a kept-alive connection just as it was picked: it has not seen this request.
+            return await pool.handle_async_request(_core_request(request, trace))
 
     def _pool(self, trusted: bool) -> httpcore.AsyncConnectionPool:
         if trusted not in self._pools:
@@ -245,13 +255,20 @@ async def _chunks(stream: Any) -> AsyncIterator[bytes]:
             yield chunk
 
 
-def _core_request(request: httpx.Request) -> httpcore.Request:
+def _is_certificate(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _core_request(request: httpx.Request, trace: Callable[[str, Mapping[str, Any]], Awaitable[None]]) -> httpcore.Request:
     url = request.url
     return httpcore.Request(
         method=request.method,
         url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
         headers=request.headers.raw,
         content=request.stream,
+        extensions={"trace": trace},
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from webdancer.config import PoliteConfig
-from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, Page, Resolve, Transport
+from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, Page, Resolve, Transport, Unreadable
 from webdancer.tools.gate import Target, parse_target
 from webdancer.tools.ledger import Provider, Quota, bill
 from webdancer.tools.limits import Breaker, Exhausted, NotAsked, Schedule, wait_for
@@ -29,6 +29,9 @@ WEB = "web"
 PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 """Statuses that may be another one next time: what a server will never do (501, 505) stays so."""
 _TOO_MANY = 429
+_DOWN = frozenset({"timeout", "dns_failure"})
+_ANSWERED = frozenset({"content_type", "body_too_large"})
+"""What the gate says of a host: that it did not answer, and that it did."""
 _BACKOFF_S, _MAX_BACKOFF_S = 0.5, 8.0
 _MAX_RETRY_AFTER_S = 300.0
 """Who wants to be asked later than that is asked after it once more: a header may say years."""
@@ -81,9 +84,15 @@ class PoliteFetcher(Fetcher):
         self._robots = Robots(self._ask_robots) if config.robots and provider is None else None
 
     async def fetch(self, url: str, *, follow: bool = True) -> Page:
-        target = parse_target(url, self.policy)
-        await self._check_robots(target)
-        return await self._politely(target, lambda: super(PoliteFetcher, self).fetch(target.url, follow=follow))
+        """A redirect is a request of its own, with a deadline of its own, to a host with rules of its own."""
+        for _ in range(self.policy.max_redirects + 1):
+            target = parse_target(url, self.policy)
+            await self._check_robots(target)
+            page = await self._politely(target, partial(super().fetch, target.url, follow=False))
+            if not page.moved_to or not follow:
+                return page
+            url = page.moved_to
+        raise BlockedUrl("too_many_redirects", f"more than {self.policy.max_redirects} redirects")
 
     async def post_json(self, url: str, payload: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> Page:
         target = parse_target(url, self.policy)
@@ -98,12 +107,6 @@ class PoliteFetcher(Fetcher):
             await self._robots.aclose()
         await super().aclose()
 
-    async def _follow(self, before: Target, target: Target) -> None:
-        """A redirect is a request of its own, to a host with rules of its own."""
-        await self._check_robots(target)
-        if self._name(target) != self._name(before):
-            await self._wait_turn(target, self._patience_s)
-
     async def _politely(self, target: Target, send: Callable[[], Awaitable[Page]]) -> Page:
         """Up to `max_attempts` requests; the last answer or error is the result."""
         loop = asyncio.get_running_loop()
@@ -117,13 +120,13 @@ class PoliteFetcher(Fetcher):
             await self._wait_turn(target, ends - loop.time())
             page, error = await _outcome(send)
             fine = page is not None and page.status not in PASSING
-            if page is not None or not isinstance(error, BlockedUrl) or error.code in ("timeout", "dns_failure"):
-                peer.breaker.note(fine=fine, now=loop.time())
+            if (answered := _answered(page, error)) is not None:
+                peer.breaker.note(fine=answered, now=loop.time())
             pause_s = _pause(page, attempt)
             if page is not None and not fine and (page.status == _TOO_MANY or page.retry_after):
                 self._note_throttled(target)
                 peer.schedule.pause(loop.time() + pause_s)
-            again = not fine and not isinstance(error, BlockedUrl) and attempt < self._config.max_attempts
+            again = not fine and not isinstance(error, BlockedUrl | Unreadable) and attempt < self._config.max_attempts
             if again and loop.time() + pause_s <= ends:
                 await asyncio.sleep(pause_s)
             elif page is None:
@@ -203,9 +206,11 @@ class PoliteFetcher(Fetcher):
 
     def _peer(self, target: Target) -> _Peer:
         name = self._name(target)
-        if name not in self._peers:
+        if name in self._peers:
+            self._peers[name] = self._peers.pop(name)
+        else:
             if len(self._peers) >= _MAX_PEERS:
-                self._peers.pop(next(iter(self._peers)))  # the one that is known longest; what is known of it is only manners
+                self._peers.pop(next(iter(self._peers)))  # the one that was not asked for longest; what is known of it is only manners
             config = self._config
             rate = config.host_requests_per_s if self._provider is None and not target.trusted else 0.0
             breaker = Breaker(failures=config.breaker_failures, open_s=config.breaker_open_s)
@@ -234,6 +239,15 @@ async def _outcome(send: Callable[[], Awaitable[Page]]) -> tuple[Page | None, Bl
         raise
     except (BlockedUrl, FetchFailed) as error:
         return None, error
+
+
+def _answered(page: Page | None, error: BlockedUrl | FetchFailed | None) -> bool | None:
+    """Whether the peer is well, whatever it said; None where it was not asked."""
+    if page is not None:
+        return page.status not in PASSING
+    if isinstance(error, BlockedUrl):
+        return True if error.code in _ANSWERED else False if error.code in _DOWN else None
+    return isinstance(error, Unreadable)
 
 
 def _pause(page: Page | None, attempt: int) -> float:

@@ -59,6 +59,9 @@ class ReplayToolbox:
             return dataclasses.replace(said.result(), uses=(ToolUse(provider=RECORDING, hits=1),))
         if self._live is None:
             return ToolResult(text="This was never asked when the web was recorded, so there is no answer to it.", error=REPLAY_MISS)
+        begins = question not in self._known and (hop is None or hop.redirects == 0)
+        if self._writer is not None and begins and (said := await self._writer.recorded(question)) is not None:
+            return dataclasses.replace(said.result(), uses=(ToolUse(provider=RECORDING, hits=1),))  # by a start before this one
         result = await self._live.call(piece, hop)
         if self._writer is None or result.error in INFRASTRUCTURE_ERRORS or isinstance(result, Moved):
             return result

@@ -60,6 +60,8 @@ class Recording(Protocol):
 
     async def record(self, question: str, said: Said) -> Said: ...
 
+    async def recorded(self, question: str) -> Said | None: ...
+
 
 def question_of(call: ToolCall, config: ToolsConfig) -> str:
     """The address of a call of one query or page. Spaces around its texts and the order of its arguments make no difference."""
@@ -102,6 +104,9 @@ class RecordingFile:
         first = self.get(question)
         assert first is not None
         return first
+
+    async def recorded(self, question: str) -> Said | None:
+        return self.get(question)
 
     def close(self) -> None:
         self._db.close()
