@@ -106,11 +106,18 @@ async def test_every_engine_computes_what_the_learner_computes_after_every_publi
         figures = await live.weights.publish(version)
         assert figures["canary/max"] < 1e-3
         assert await live.difference() < 1e-3
-        assert [path.name for path in live.directory.iterdir()] == ["v1"], "old versions are removed"
+        assert {path.name for path in live.directory.iterdir()} == {"v1", "spare"}, "the old version is set aside"
+        figures = await live.weights.publish(await live.train())
+        assert figures["canary/max"] < 1e-3
+        assert await live.difference() < 1e-3
+        assert {path.name for path in live.directory.iterdir()} == {"v2", "spare"}, "and written over"
+        version = 2
         scored = (
-            await sample_group(make_task(), RemoteRunner(live.pool), group_size=2, attempt=0, start_version=1, sampling=Sampling(seed=1))
+            await sample_group(
+                make_task(), RemoteRunner(live.pool), group_size=2, attempt=0, start_version=version, sampling=Sampling(seed=1)
+            )
         ).members
-        assert all(set(m.trajectory.versions[m.trajectory.loss_mask]) == {1} for m in scored)
+        assert all(set(m.trajectory.versions[m.trajectory.loss_mask]) == {version} for m in scored)
     assert not live.directory.exists()
 
 

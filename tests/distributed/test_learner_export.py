@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from webdancer.algorithm.packing import pack
 from webdancer.config import OptimizerConfig
+from webdancer.learner.weight_export import set_aside
 
 SEQUENCES = [[5, 9, 2, 200, 17, 3], [1, 2], [7] * 40, list(range(100))]
 
@@ -21,6 +22,11 @@ def _train_and_export(one, root):
     before = one.score(SEQUENCES)
     for _ in range(2):
         one.step(pack(make_samples(6), num_ranks=one.world_size, token_budget=128, loss="sft"))
+    one.export_weights(root / "old", 40)
+    if one.rank == 0:
+        for file in (root / "old").iterdir():
+            file.write_bytes(b"x" * (file.stat().st_size + 100))
+        set_aside(root / "old")
     manifest = one.export_weights(root / "weights", 41)
     one.export_hf(root / "hf")
     return before, one.score(SEQUENCES, temperature=0.7), manifest
@@ -56,6 +62,7 @@ def test_exports_hold_the_learners_weights(pool, request, tmp_path, which, ranks
     assert ("lm_head.weight" in exported) == (which == "untied_model")
     assert (tmp_path / "hf" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     assert not list(tmp_path.rglob(".*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"weights", "hf"}, "the old export was written over"
 
 
 def _check_manifest(directory: Path, manifest):

@@ -123,6 +123,12 @@ class LearnerActor:
     def remove(self, path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
+    def set_aside(self, path: str) -> None:
+        """Remove an export, its memory kept for the next one."""
+        from webdancer.learner.weight_export import set_aside
+
+        set_aside(Path(path))
+
     def close(self) -> None:
         """Leave the process group, the checkpoint in flight written, and remove what was written for the engines."""
         if self._weights is not None:

@@ -2,9 +2,11 @@
 
     export    the learner gathers layer group by layer group; rank 0 writes files and manifest on its node
     load      every engine at once: from the path on that node, elsewhere from bytes fetched once a node over the object store
-    canary    every engine and the learner score the same probe at the same version; an engine that differs is replaced
+    canary    every engine and the learner score the same probe at the same version, the learner while the engines load and both while
+              requests go on; an engine that differs is replaced
 
-The files of a version stay until the next one is in all engines, because a replacement of a dead worker starts from them.
+The files of a version stay until the next one is in all engines, because a replacement of a dead worker starts from them; then the version
+after is written over them.
 
 With `nccl` or `ipc` the learner sends to all engines at once through vLLM's own trainer engines (inference/weight_send.py);
 the canary is the same. One failure then spoils all engines, and the run ends to be resumed. A worker that joins between two updates gets
@@ -71,13 +73,13 @@ def check_backend(config: Config, gpus: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A version that the engines serve: the names of its files below `directory` on the exporter's node, and what the learner says
-    about the probe."""
+    """A version that the engines serve: the names of its files below `directory` on the exporter's node, and what the learner says, or
+    is about to say, about the probe."""
 
     version: int
     directory: Path
     names: Sequence[str]
-    scores: Sequence[NDArray[np.float32]]
+    scores: asyncio.Task[list[NDArray[np.float32]]]
 
 
 class WeightPublisher:
@@ -174,7 +176,7 @@ class WeightPublisher:
             self._connected = ()
             return time.perf_counter() - began, [f"{type(error).__name__}: {error}"] * len(workers)
         sent_s = time.perf_counter() - began
-        scores = [score[1:] for score in await self._learner.score(self._probe)]
+        scores = asyncio.create_task(self._score())
         finishing = [self._checked(worker, worker.handle.finish_update.remote(version, checksums), scores, version) for worker in workers]
         outcomes = await asyncio.gather(*finishing)
         await self._replace_current(None)
@@ -193,15 +195,20 @@ class WeightPublisher:
     async def _replace_current(self, published: Published | None) -> None:
         previous, self._current, self._has_published = self._current, published, True
         if previous is not None and (published is None or previous.directory != published.directory):
-            await self._remove(previous.directory)
+            leave = self._exporter.remove if published is None else self._exporter.set_aside
+            left = leave.remote(str(previous.directory))
+            await answer(left, stage="removal of old weights", timeout_s=self._config.timeout_s)
 
     async def _export(self, version: int | None) -> Published:
         """`version` None: the learner's own."""
         directory = self._directory / (f"v{version}" if version is not None else f"for-newcomers-{time.monotonic_ns()}")
         manifest = await self._learner.export_weights(directory, version)
-        scores = [score[1:] for score in await self._learner.score(self._probe)]
         names = [MANIFEST, *(file["file"] for file in manifest["files"])]
+        scores = asyncio.create_task(self._score())
         return Published(version=int(manifest["version"]), directory=directory, names=names, scores=scores)
+
+    async def _score(self) -> list[NDArray[np.float32]]:
+        return [score[1:] for score in await self._learner.score(self._probe)]
 
     def _files_for(self, workers: Sequence[PooledWorker], published: Published) -> Mapping[str, Any]:
         """References to the bytes of every file, read once, where a worker is on another node than the exporter."""
@@ -219,27 +226,30 @@ class WeightPublisher:
         load = worker.handle.load_weights.remote(str(published.directory), published.version, None if here else files)
         return await self._checked(worker, load, published.scores, published.version)
 
-    async def _checked(self, worker: PooledWorker, update: Any, expected: Sequence[NDArray[np.float32]], version: int) -> Outcome:
-        """Wait for the end of one engine's update and compare it with the learner; a text says what is wrong with it."""
+    async def _checked(self, worker: PooledWorker, update: Any, expected: asyncio.Task[list[NDArray[np.float32]]], version: int) -> Outcome:
+        """Wait for the end of one engine's update and compare it with the learner; a text says what is wrong with it. Raises what kept
+        the learner from scoring."""
         try:
             timing: Mapping[str, float] = await answer(update, stage=f"weights of {worker.name}", timeout_s=self._config.timeout_s)
+            loaded = time.perf_counter()
             score = worker.handle.score.remote(self._probe)
             scores = await answer(score, stage=f"canary of {worker.name}", timeout_s=self._config.timeout_s)
-            report = compare(scores, expected)
         except Exception as error:  # whatever it is, it is this engine's: it is named, replaced, and the others go on
             log.warning("%s did not take version %d: %s", worker.name, version, error)
             reason = f"{type(error).__name__}: {error}"
             return Gone(reason) if isinstance(error, ActorLost | StalledError) else reason
+        truth = await asyncio.shield(expected)  # others wait for it too
+        try:
+            report = compare(scores, truth)
+        except ValueError as error:
+            return f"canary: {error}"
+        timing = {**timing, "canary_s": time.perf_counter() - loaded}
         if not report.within(mean=self._config.canary_mean, max=self._config.canary_max):
             return (
                 f"canary: |log p engine - log p learner| is {report.mean:.2e} in the mean (rollout.weights.canary_mean: "
                 f"{self._config.canary_mean:g}) and {report.max:.2e} at most (canary_max: {self._config.canary_max:g})"
             )
         return timing, report
-
-    async def _remove(self, directory: Path) -> None:
-        removed = self._exporter.remove.remote(str(directory))
-        await answer(removed, stage="removal of old weights", timeout_s=self._config.timeout_s)
 
     async def _engine_stats(self) -> dict[str, float]:
         """Means over the engines; one that does not answer now will be seen by its watch."""

@@ -7,13 +7,13 @@
 What came directly is compared with the sender's checksums (`checksum`) before the update ends: every tensor's bytes as they were received.
 
 vLLM imports this module in every worker process, because `worker_extension_cls` names it; importing it registers the backends. What they
-share is vLLM's layerwise reload: on CPU the linear layers are prepacked, and a tied `lm_head` is then packed again, which vLLM 0.32 forgets
-(an error of 0.7 nats, silently). The layout of the files is `webdancer.inference.manifest`'s.
+share is vLLM's layerwise reload: on CPU the linear layers are prepacked, and a tied `lm_head` then gets the new packing, which vLLM 0.32
+forgets (an error of 0.7 nats, silently). The layout of the files is `webdancer.inference.manifest`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,8 +101,8 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        """Files are loaded one by one, one layer group in memory at a time. Hashes were checked before the update began
-        (`manifest.verify`); here every tensor is compared with the manifest once more. Raises DataError, naming the tensor or file."""
+        """Files are mapped one by one and loaded in one call, as each call walks over the model. Hashes were checked before the update
+        began (`manifest.verify`); here every tensor is compared with the manifest once more. Raises DataError, naming tensor or file."""
         if isinstance(update_info, ChecksumInfo):
             check(update_info.checksums, numbers(self._noted.received))
             self._unproven = False
@@ -113,9 +113,12 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
             self._direct.receive_weights(update_info)
             return
         model: Any = self.model
-        for file in read_manifest(update_info.path).files:
+        model.load_weights(self._tensors(update_info.path))
+
+    def _tensors(self, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in read_manifest(path).files:
             file.check_tensors(read_header(file.path))
-            model.load_weights(load_file(file.path, device=str(self.device)).items())
+            yield from load_file(file.path, device=str(self.device)).items()
 
     def finish_weight_update(self) -> None:
         """Raises DataError where a layer got nothing, or nobody has said what the bytes that came directly should be."""
@@ -126,7 +129,7 @@ class WeightTransfer(WeightTransferEngine[Any, Any]):
         if isinstance(self._direct, IPCWeightTransferEngine):
             self._direct._packed_importer.close()  # the learner's buffer is its own again
         if self.device.type == "cpu":
-            _repack_tied_head(self.model)
+            _share_tied_head(self.model)
 
     def shutdown(self) -> None:
         if self._direct is not None:
@@ -155,14 +158,12 @@ def _check_complete(model: Any) -> None:
             raise DataError(f"weights: must fill every layer, got {info.load_numel} of {expected} numbers for {name}")
 
 
-def _repack_tied_head(model: Any) -> None:
-    """Make a tied head compute with the new embeddings: its packed copy is not a parameter, so no loader sees it."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return
-    model.lm_head.weight = model.model.embed_tokens.weight
-    dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+def _share_tied_head(model: Any) -> None:
+    """Make a tied head compute with the new embeddings: its packed copy is not a parameter, so no loader sees it. vLLM has just packed
+    the embeddings as well, which multiply nothing themselves: the head takes theirs."""
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.cpu_linear = model.model.embed_tokens.cpu_linear
 
 
 class WorkerExtension:
