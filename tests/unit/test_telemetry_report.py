@@ -104,6 +104,20 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path):
     assert "greedy accuracy on 3 held-out questions" in Page(write_report(tmp_path / "run").read_text()).text
 
 
+def test_rl_by_itself_is_compared_with_where_it_began(tmp_path):
+    make_run(tmp_path, num_steps=12)
+    for stage in ("base", "sft", "rl-13"):
+        (tmp_path / "evaluations" / f"{stage}.json").unlink()
+    assert "12 steps of RL so far" in Page(write_report(tmp_path).read_text()).text
+    write_evaluation(tmp_path / "evaluations", replace(make_evaluation("sft"), stage="rl-0"))
+    stages = {one.stage: accuracy(one.rows) for one in gather(tmp_path).evaluations}
+    text = Page(write_report(tmp_path).read_text()).text
+    told = f"In 10 steps of DAPO the agent went from {100 * stages['rl-0'].mean:.0f} % to {100 * stages['rl-10'].mean:.0f} % on 200"
+    assert told in text, "the steps before the last evaluation"
+    assert "points over where it began)." in text
+    assert "Before RL" in text
+
+
 def test_an_evaluation_without_a_verdict_is_in_no_figure_and_named(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     before = replace(make_evaluation("sft", num_tasks=3), stage="rl-9")

@@ -86,6 +86,8 @@ def stage_order(stage: str) -> tuple[int, float, str]:
 
 def stage_title(stage: str) -> str:
     kind, _, step = stage.partition("-")
+    if stage == "rl-0":
+        return "Before RL"
     if kind == "rl" and step.isdigit():
         return f"RL, step {step}"
     return {"base": "Base model", "sft": "After SFT", "rl": "After RL"}.get(stage, stage)

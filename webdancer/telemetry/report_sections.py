@@ -28,6 +28,8 @@ DROPS = (
     ("all correct", "rollout/dropped_all_correct", "tone-3"),
     ("too few valid", "rollout/dropped_too_few_valid", "tone-4"),
 )
+BEFORE_RL = "rl-0"
+"""The stage that `webdancer rl` begins with."""
 CLIPS = (
     ("below", "train/clip_fraction_low", "tone-1"),
     ("above", "train/clip_fraction_high", "tone-2"),
@@ -141,22 +143,28 @@ SECTIONS: tuple[Callable[[RunData], str], ...] = (headline, held_out, by_kind, c
 
 def _story(data: RunData) -> str:
     stages = {one.stage: accuracy(one.rows) for one in data.evaluations}
-    last = next((one.stage for one in reversed(data.evaluations) if one.stage.startswith("rl")), None)
-    if last is None or "sft" not in stages:
-        return f"{len(data.rl_steps)} steps of RL so far; the held-out comparison comes with the last evaluation."
-    before, after = stages["sft"], stages[last]
+    first = "sft" if "sft" in stages else BEFORE_RL
+    last = _last_rl(data.evaluations)
+    if first not in stages or last in ("", first):
+        return f"{len(data.rl_steps)} steps of RL so far; it takes held-out questions asked before and after to say what they were worth."
+    before, after = stages[first], stages[last]
     base = f" The base model, which has never seen a tool, solves {_percent(stages['base'])}." if "base" in stages else ""
-    steps = max(data.rl_steps, default=0)
+    began = "its warm start" if first == "sft" else "where it began"
     return (
-        f"In {steps} steps of DAPO the agent went from {_percent(before)} to <strong>{_percent(after)}</strong> on {after.num_tasks} "
-        f"held-out questions ({100 * (after.mean - before.mean):+.0f} points over its warm start).{base}"
+        f"In {last.partition('-')[2]} steps of DAPO the agent went from {_percent(before)} to <strong>{_percent(after)}</strong> on "
+        f"{after.num_tasks} held-out questions ({100 * (after.mean - before.mean):+.0f} points over {began}).{base}"
     )
 
 
+def _last_rl(evaluations: Sequence[Evaluation]) -> str:
+    """The stage of the last evaluation in RL; empty without one."""
+    return max((one.stage for one in evaluations if one.stage.startswith("rl-")), key=stage_order, default="")
+
+
 def _main_stages(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Base, SFT and the last RL evaluation; what is not one of these is shown too."""
-    last_rl = max((one.stage for one in evaluations if one.stage.startswith("rl-")), key=stage_order, default=None)
-    return [one for one in evaluations if not one.stage.startswith("rl-") or one.stage == last_rl]
+    """Base, SFT or what RL began with, and the last RL evaluation; what is not one of these is shown too."""
+    shown = (BEFORE_RL, _last_rl(evaluations))
+    return [one for one in evaluations if not one.stage.startswith("rl-") or one.stage in shown]
 
 
 def _stage_table(evaluations: Sequence[Evaluation]) -> str:
@@ -192,7 +200,7 @@ def _held_out_curve(evaluations: Sequence[Evaluation]) -> str:
         tone="tone-3",
     )
     chart = line_chart([series], floor=0.0, ceiling=1.0)
-    return _chart("Held-out accuracy", "step 0 is the warm start; the band is the 95 % interval", chart)
+    return _chart("Held-out accuracy", "step 0 is before RL; the band is the 95 % interval", chart)
 
 
 def _groups_chart(data: RunData) -> str:

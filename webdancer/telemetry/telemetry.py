@@ -1,9 +1,9 @@
 """`Telemetry`: the one object through which a program tells what it does. Files in the run directory:
 
-    metrics.jsonl        {"phase", "step", "time", "metrics"} a step; a step repeated after a resume counts as its last row
-    phases.jsonl         {"phase", "started", "seconds", "finished"} a phase and start of the program
-    trajectories.jsonl   every scored trajectory (recorder.py)
-    wandb/               the same metrics for W&B, offline unless the configuration says online
+metrics.jsonl        {"phase", "step", "time", "metrics"} a step; a step repeated after a resume counts as its last row
+phases.jsonl         {"phase", "started", "seconds", "finished"} a phase and start of the program
+trajectories.jsonl   every scored trajectory (recorder.py)
+wandb/               the same metrics for W&B, offline unless the configuration says online
 """
 
 from __future__ import annotations
