@@ -14,6 +14,8 @@ from webdancer.inference.chat import EngineChat
 class SpeakingJudge(JudgeServer):
     """`script`: texts, the last one for ever; `too long` and `broken` are what an engine raises."""
 
+    broken = None
+
     def __init__(self, script: list[str]) -> None:
         super().__init__(JudgeConfig(backend="vllm"))
         self._engine = EngineChat(self, make_tokenizer())

@@ -15,13 +15,15 @@ from ray.exceptions import ActorDiedError
 from tests.cluster.test_cluster_pool import worker_spec
 from tests.cluster.test_cluster_tools import ask_all, provider, search, toolbox_over
 from tests.fakes import FakeJudge
-from webdancer.cluster import tool_pool
+from webdancer.cluster import services, tool_pool
 from webdancer.cluster.pool import PoolState
 from webdancer.cluster.servers import ToolServer
+from webdancer.cluster.services import ActorChoice, RemoteToolbox
 from webdancer.cluster.tool_pool import ToolPool
 from webdancer.cluster.worker import RolloutWorker
 from webdancer.config import SearchConfig, ToolsConfig
 from webdancer.tools.pieces import owner_key, owners
+from webdancer.types import ToolResult
 
 
 class Actor:
@@ -139,6 +141,31 @@ async def test_the_calls_of_a_leaver_end_before_it_goes(killed):
         assert leaver.num_calls == 8
         await ask_all(stale, queries[:2])
         await ask_all(copy, queries[:2])
+
+
+async def test_an_actor_that_lives_and_does_not_answer_is_restarted(monkeypatch):
+    restarted = []
+    monkeypatch.setattr(services, "restart", restarted.append)
+
+    class Hung:
+        hangs = True
+
+        async def call(self, piece, hop=None):
+            if self.hangs:
+                await asyncio.sleep(1e6)
+            return ToolResult(text="here")
+
+    hung = Actor(Hung())
+    toolbox = RemoteToolbox(ActorChoice([hung], stage="tools", timeout_s=0.05))
+    for _ in range(2):
+        assert restarted == []
+        with pytest.raises(TimeoutError, match="tools: no answer within"):
+            await toolbox.call(search("q"))
+    assert restarted == [hung]
+    for hangs in (True, False, True):  # two in a row, with nothing answered between
+        hung.target.hangs = hangs
+        await asyncio.gather(toolbox.call(search("q")), return_exceptions=True)
+    assert restarted == [hung]
 
 
 async def test_tool_actors_that_do_not_start_are_told_of_and_nothing_changes(killed):

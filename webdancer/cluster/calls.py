@@ -47,6 +47,11 @@ def kill(actor: Any) -> None:
     ray.kill(actor, no_restart=True)
 
 
+def restart(actor: Any) -> None:
+    """Kill its process; Ray starts it anew where it was made with max_restarts."""
+    ray.kill(actor, no_restart=False)
+
+
 async def answer(reference: Awaitable[Result], *, stage: str, timeout_s: float | None) -> Result:
     """The result of a remote call.
 

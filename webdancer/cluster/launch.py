@@ -148,7 +148,8 @@ def _spawn_tools(
     servers = [spawn_tool(shard) for shard in range(tools.num_servers)]
     stack.callback(_kill, servers)
     starting.append(_ready(list(servers)))
-    choice = ActorChoice(servers, stage="tools", timeout_s=config.episode.tool_timeout_s)
+    # A server answers by itself before this, and the episode stops waiting after: in between it is the actor that does not answer.
+    choice = ActorChoice(servers, stage="tools", timeout_s=0.95 * config.episode.tool_timeout_s)
     return RemoteToolbox(choice, site=config.tools.visit.site), servers, spawn_tool
 
 

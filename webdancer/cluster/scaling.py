@@ -33,6 +33,8 @@ NAMESPACE = "webdancer"
 EXCHANGE_S = 1.0
 """The driver's state at the desk is never older."""
 DESK_TIMEOUT_S = 30.0
+LOST_AFTER_S = 60.0
+"""A request that the driver has not heard of by then never comes to it."""
 
 
 NAMES: Mapping[str, str] = {"rollout": "rollout workers", "tools": "tool actors"}
@@ -120,7 +122,8 @@ async def _follow(desk: Any, pools: Mapping[str, Scalable]) -> None:
             continue
         for part, (ticket, number) in requests.items():
             heard[part] = ticket
-            pools[part].scale(number)
+            if part in pools:
+                pools[part].scale(number)
 
 
 def scale(part: str, number: int, *, live: Live | None, address: str, timeout_s: float, say: Callable[[str], None]) -> bool:
@@ -136,6 +139,7 @@ async def _scale(name: str | None, part: str, number: int, *, timeout_s: float, 
     desk = await _find(name)
     deadline = time.monotonic() + timeout_s
     ticket = await answer(desk.ask.remote(part, number), stage="scale", timeout_s=DESK_TIMEOUT_S)
+    asked_s = time.monotonic()
     shown = ""
     heard = False
     while True:
@@ -145,6 +149,9 @@ async def _scale(name: str | None, part: str, number: int, *, timeout_s: float, 
             say("scale: somebody else has asked for another number since")
             return False
         heard = seen.tickets.get(part) == ticket
+        if not heard and time.monotonic() > asked_s + LOST_AFTER_S:
+            say("scale: the run did not take the number: it does not answer, or somebody asked for another one at the same moment")
+            return False
         if heard and state is not None:
             line = described(part, state)
             if line != shown:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from webdancer.config import JudgeConfig, ToolsConfig
 from webdancer.tools import keys
 from webdancer.types import Task, ToolCall, ToolResult, Verdict
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from webdancer.inference.chat import EngineChat
@@ -161,15 +165,23 @@ class JudgeServer:
     async def grade(self, task: Task, answer: str) -> Verdict:
         judge = self._opened()
         if self._engine is not None:
-            await self._engine.start()  # after a restart of the actor
+            await self._working(self._engine)
         return await judge.grade(task, answer)
 
     async def reply(self, messages: Sequence[dict[str, str]], temperature: float, max_tokens: int) -> str:
         """Of the engine, for whoever else may use it (backend vllm). Raises as EngineChat.reply does."""
         self._opened()
         assert self._engine is not None, "a judge without an engine"
-        await self._engine.start()
+        await self._working(self._engine)
         return (await self._engine.reply(messages, temperature=temperature, max_tokens=max_tokens)).text
+
+    async def _working(self, engine: EngineChat) -> None:
+        """Start it, after a restart of the actor. With one that is broken for good the actor ends: Ray starts it anew, and who waits for it
+        asks another one."""
+        if engine.broken is not None:
+            log.error("the judge's engine is broken: %s", engine.broken)
+            os._exit(1)
+        await engine.start()
 
     async def stop(self) -> None:
         if self._judge is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from webdancer.cluster.calls import ActorLost, answer, answers
+from webdancer.cluster.calls import ActorLost, answer, answers, restart
 from webdancer.cluster.pool import PooledWorker, TurnListener, WorkerPool
 from webdancer.cluster.worker import EpisodeEnd
 from webdancer.errors import EngineFault, StalledError
@@ -39,6 +40,8 @@ from webdancer.types import (
     TurnText,
     Verdict,
 )
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -199,14 +202,20 @@ class RemoteLearner:
         return results[0]
 
 
+MAX_STALLS = 2
+"""Calls in a row that an actor left without an answer; one alone may be the call, more are the actor."""
+
+
 class ActorChoice:
-    """Several actors of one kind: the least loaded, or those of an order, and a call that meets a dead one is made again on another."""
+    """Several actors of one kind: the least loaded, or those of an order, and a call that meets a dead one is made again on another. One
+    that lives and does not answer is restarted."""
 
     def __init__(self, actors: Sequence[Any], *, stage: str, timeout_s: float) -> None:
         self._actors = list(actors)
         self._stage = stage
         self._timeout_s = timeout_s
         self._loads = [0] * len(actors)
+        self._stalls = [0] * len(actors)
         self._turns = itertools.count()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,12 +240,25 @@ class ActorChoice:
             self._loads[index] += 1
             try:
                 reference = getattr(self._actors[index], method).remote(*arguments)
-                return await answer(reference, stage=self._stage, timeout_s=self._timeout_s)
+                result = await answer(reference, stage=self._stage, timeout_s=self._timeout_s)
+                self._stalls[index] = 0
+                return result
             except ActorLost as error:
                 tried.append(error)
+                self._stalls[index] = 0
+            except StalledError:
+                self._note_stall(index)
+                raise
             finally:
                 self._loads[index] -= 1
         raise tried[-1]
+
+    def _note_stall(self, index: int) -> None:
+        self._stalls[index] += 1
+        if self._stalls[index] == MAX_STALLS:
+            self._stalls[index] = 0
+            log.warning("%s: an actor that left %d calls in a row without an answer is restarted", self._stage, MAX_STALLS)
+            restart(self._actors[index])
 
     def _least_loaded(self) -> int:
         turn = next(self._turns)  # among equals in turn, so that a dead one is not asked for ever
@@ -251,7 +273,7 @@ def _choice(actors: Sequence[Any], stage: str, timeout_s: float) -> ActorChoice:
 class RemoteToolbox:
     """interfaces.Toolbox over tool actors. Each query and each page goes to the actor that owns it; `site` is the run's own.
 
-    Raises when every tool actor is gone: the episode then counts as an outage.
+    Raises TimeoutError when the owner does not answer, and something else when every tool actor is gone: the episode is then an outage's.
     """
 
     def __init__(self, servers: ActorChoice, *, site: str = "") -> None:
@@ -266,7 +288,10 @@ class RemoteToolbox:
         servers = self._servers
 
         async def ask(piece: ToolCall, hop: Hop | None, order: Sequence[int]) -> ToolResult:
-            result: ToolResult = await servers.call("call", piece, hop, order=order)
+            try:
+                result: ToolResult = await servers.call("call", piece, hop, order=order)
+            except StalledError as error:
+                raise TimeoutError(str(error)) from error
             return result
 
         return await ask_owners(call, ask, count=servers.count, site=self._site)

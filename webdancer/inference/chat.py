@@ -15,7 +15,9 @@ from webdancer.types import Sampling
 
 
 class StartedPolicy(Policy, Protocol):
-    """A policy with a beginning and an end, as inference.engine.VllmEngine is."""
+    """A policy with a beginning and an end, as inference.engine.VllmEngine is. `broken`: why every call fails from now on, if it does."""
+
+    broken: str | None
 
     async def start(self) -> None: ...
 
@@ -31,6 +33,10 @@ class EngineChat:
         self._sessions = itertools.count()
         self._starting = asyncio.Lock()
         self._started = False
+
+    @property
+    def broken(self) -> str | None:
+        return self._engine.broken
 
     async def start(self) -> None:
         """Load the model. Raises what the engine raises."""
