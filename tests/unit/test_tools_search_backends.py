@@ -262,3 +262,11 @@ def test_what_is_missing_is_said_at_the_start(changes, error, says, monkeypatch)
         monkeypatch.delenv(variable)
     with pytest.raises(error, match=says):
         open_backend(SearchConfig(**changes))
+
+
+async def test_hits_of_ones_own_server_may_be_whole_articles():
+    documents = [{"document": {"contents": f'"Owl {n}"\n' + "Owls hunt at night. " * 30_000, "url": f"/wiki/{n}"}} for n in range(10)]
+    async with _asking("retrieve", _json({"result": [documents]}), timeout_s=60.0) as (ask, _):
+        result = await ask("owl")
+    assert result.error is None
+    assert "Owls hunt at night." in result.text

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _TAG = re.compile(r"</?[a-z]{1,10}>")
 _BRAVE_WORDS, _MAX_CHARS = 50, 400  # of a query for Brave, for Brave and Tavily; more is an error there
+_MAX_OWN_BYTES = 50_000_000  # of an answer of one's own server: a hit may be a whole article
 
 
 class SearchBackend(Protocol):
@@ -163,7 +164,7 @@ def _policy(config: SearchConfig) -> FetchPolicy:
     """To the configured origin and nowhere else, or to public https."""
     settings: dict[str, Any] = {"max_redirects": 0, "max_url_length": 16_384, "timeout_s": config.timeout_s}
     if config.url:
-        return FetchPolicy(allowed_origins=(config.url.rstrip("/"),), allowed_ports=(), **settings)
+        return FetchPolicy(allowed_origins=(config.url.rstrip("/"),), allowed_ports=(), max_bytes=_MAX_OWN_BYTES, **settings)
     return FetchPolicy(allowed_schemes=("https",), **settings)
 
 

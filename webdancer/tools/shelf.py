@@ -31,6 +31,7 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS kept (space TEXT, key TEXT, expires REAL, body BLOB, PRIMARY KEY (space, key)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS by_expiry ON kept (expires)",
 )
+_CLEAN = "DELETE FROM kept WHERE expires < ?"
 _PUTS_BETWEEN_CLEANINGS = 2_000
 _BROKEN = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 _PATIENCE_S = 10.0  # with others who write to the file
@@ -64,7 +65,7 @@ class ShelfFile:
         db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?)", row)
         self._num_puts += 1
         if self._num_puts % _PUTS_BETWEEN_CLEANINGS == 0:
-            db.execute("DELETE FROM kept WHERE expires < ?", (time.time(),))
+            db.execute(_CLEAN, (time.time(),))
 
     def _run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         if self._db is None:
@@ -131,6 +132,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last values, never break the file
         for statement in _TABLE:
             db.execute(statement)
+        db.execute(_CLEAN, (time.time(),))
     except BaseException:
         db.close()
         raise
