@@ -11,8 +11,9 @@ import pytest
 
 from webdancer.config import LlmConfig
 from webdancer.errors import DataError, ServiceError
-from webdancer.llm.answers import AnswerLog, ChatAnswer
+from webdancer.llm.answers import AnswerLog
 from webdancer.llm.client import ChatModel, ChatRefused, NoUsableReply, json_object
+from webdancer.tools.completion import ChatAnswer
 from webdancer.tools.fetch import Fetcher
 
 ASK = [{"role": "user", "content": "2 + 2?"}]

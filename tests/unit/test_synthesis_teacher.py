@@ -14,11 +14,11 @@ from webdancer.agent.actions import conforms, parse_action
 from webdancer.agent.episode import run_episode
 from webdancer.config import EpisodeConfig, LlmConfig, PromptConfig, QualityConfig
 from webdancer.errors import EngineFault
-from webdancer.llm.answers import ChatAnswer
 from webdancer.llm.client import ChatRefused, NoUsableReply, Usage
 from webdancer.synthesis.funnel import Attempt, Step, attempt_of, validity
 from webdancer.synthesis.quality_check import CRITERIA, MAX_OBSERVATION_CHARS, QualityCheck
 from webdancer.synthesis.teacher import ASKINGS, ChatTeacher, Unreadable, read_step
+from webdancer.tools.completion import ChatAnswer
 from webdancer.types import FinalAnswer, MalformedAction, Sampling, ScoredTrajectory, ToolCall, Verdict
 
 CALL = 'Action: search\nAction Input: {"query": ["Karo Mil"]}'

@@ -10,25 +10,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from webdancer.errors import DataError
 from webdancer.telemetry.jsonl import KeyedRows, read_jsonl
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatAnswer:
-    """What a chat model said. `reasoning` is what it thought before, empty where it shows none."""
-
-    text: str
-    reasoning: str = ""
-    finish: str = "stop"
-    """As the endpoint names it; `length` is an answer that was cut."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
+from webdancer.tools.completion import ChatAnswer
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ChatAnswer))
 

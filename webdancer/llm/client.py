@@ -18,8 +18,9 @@ from weakref import WeakValueDictionary
 
 from webdancer.config import LlmConfig
 from webdancer.errors import ServiceError
-from webdancer.llm.answers import AnswerLog, ChatAnswer, request_key
+from webdancer.llm.answers import AnswerLog, request_key
 from webdancer.tools import keys
+from webdancer.tools.completion import ChatAnswer, read_completion
 from webdancer.tools.fetch import BlockedUrl, Fetcher, FetchFailed, FetchPolicy, OpenFetcher, Page
 from webdancer.tools.limits import Schedule, wait_for
 from webdancer.tools.polite import PASSING, retry_after_s
@@ -153,7 +154,7 @@ class ChatModel:
             try:
                 page = await self._post(payload)
                 if page.ok:
-                    return read_completion(page)
+                    return _read(page)
                 failure = f"status {page.status}"
                 asked_for_s = min(retry_after_s(page.retry_after), _MAX_RETRY_AFTER_S)
             except _Passing as error:
@@ -199,23 +200,11 @@ class _Passing(Exception):
     """May pass if asked again."""
 
 
-def read_completion(page: Page) -> ChatAnswer:
-    """The answer of a chat completion. Reasoning is a field of its own (vLLM, DeepSeek), or stands before `</think>` in the text."""
+def _read(page: Page) -> ChatAnswer:
     try:
-        reply = json.loads(keys.redacted(page.text))
-        choice = reply["choices"][0]
-        message = choice["message"]
-        text = str(message.get("content") or "")
-        reasoning = str(message.get("reasoning_content") or message.get("reasoning") or "")
-        usage = reply.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        finish = str(choice.get("finish_reason") or "stop")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _Passing(f"a reply that is no chat completion ({type(error).__name__})") from error
-    if not reasoning and "</think>" in text:
-        reasoning, _, text = text.rpartition("</think>")
-        reasoning = reasoning.strip().removeprefix("<think>")
-    return ChatAnswer(text=text.strip(), reasoning=reasoning.strip(), finish=finish, prompt_tokens=tokens[0], completion_tokens=tokens[1])
+        return read_completion(json.loads(keys.redacted(page.text)))
+    except (ValueError, RecursionError) as error:
+        raise _Passing(str(error)) from error
 
 
 def json_object(reply: str) -> Mapping[str, Any]:

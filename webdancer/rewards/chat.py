@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from webdancer.tools import keys
+from webdancer.tools.completion import read_completion
 
 if TYPE_CHECKING:
     import httpx
@@ -71,13 +72,11 @@ class HttpChat:
         if response.status_code != 200:
             raise ChatRefused(f"status {response.status_code}: {_quoted(response.text)}")
         try:
-            said = response.json()
-            choice, usage = said["choices"][0], said.get("usage") or {}
-            text, is_cut = str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
-            tokens = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+            said = read_completion(response.json())
+        except (ValueError, RecursionError) as error:
             raise ChatFailed(f"the reply is not a chat completion: {_quoted(response.text)}") from error
-        return Reply(text=text, is_cut=is_cut, prompt_tokens=tokens[0], completion_tokens=tokens[1])
+        is_cut = said.finish == "length"
+        return Reply(text=said.text, is_cut=is_cut, prompt_tokens=said.prompt_tokens, completion_tokens=said.completion_tokens)
 
     async def aclose(self) -> None:
         await self._client.aclose()

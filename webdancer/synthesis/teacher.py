@@ -22,8 +22,8 @@ from webdancer.agent.transcript import read_messages, written_completion
 from webdancer.data.demonstrations import FUNCTIONS
 from webdancer.errors import EngineFault
 from webdancer.interfaces import Tokenizer
-from webdancer.llm.answers import ChatAnswer
 from webdancer.llm.client import ChatModel, ChatRefused
+from webdancer.tools.completion import ChatAnswer
 from webdancer.types import Completion, FinalAnswer, MalformedAction, Sampling, ToolCall
 
 ASKINGS = 3

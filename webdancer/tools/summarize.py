@@ -16,10 +16,11 @@ from webdancer.config import SummarizerConfig, VisitConfig
 from webdancer.errors import ConfigError, ServiceError
 from webdancer.tools import keys
 from webdancer.tools.cache import SingleFlightCache
+from webdancer.tools.completion import read_completion
 from webdancer.tools.evidence import Evidence
 from webdancer.tools.extraction import Extraction, ExtractionFailed
 from webdancer.tools.fetch import Fetcher, FetchPolicy, OpenFetcher
-from webdancer.tools.provider import ProviderFailed, WrongShape, ask, items
+from webdancer.tools.provider import ProviderFailed, WrongShape, ask
 
 NO_SUMMARY = "no_summary"
 """Result code of a page for which the model answered, and never in the form that it was asked for."""
@@ -99,12 +100,10 @@ class HttpWriter:
     async def reply(self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int) -> str:
         request = {"model": self._model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
         headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
-        answer = await ask(self._fetcher, self._url, payload=request, headers=headers)
-        choices = items(answer, "choices")
         try:
-            return str(choices[0]["message"]["content"] or "")
-        except (IndexError, KeyError, TypeError) as error:
-            raise WrongShape("there is no message") from error
+            return read_completion(await ask(self._fetcher, self._url, payload=request, headers=headers)).text
+        except ValueError as error:
+            raise WrongShape(str(error)) from error
 
     async def aclose(self) -> None:
         await self._fetcher.aclose()
