@@ -1,7 +1,10 @@
 """Questions without a model, end to end, each answer worked out again; and the crawler over a real documentation site.
 
     OMP_NUM_THREADS=1 python -m benchmarks.synthesis --docs /usr/share/doc/python3/html --out benchmarks/baselines/synthesis.json
-    OMP_NUM_THREADS=1 python -m benchmarks.synthesis --only crawl --docs /usr/share/doc/python3/html        (apt install python3-doc)
+    OMP_NUM_THREADS=1 python -m benchmarks.synthesis --only crawl --docs /usr/share/doc/python3/html
+
+Debian's python3-doc has its pages in /usr/share/doc/python3.N/html: `apt install python3-doc`, or without installing it `apt-get download
+python3.11-doc && dpkg -x python3.11-doc_*.deb x` and --docs x/usr/share/doc/python3.11/html.
 
 `questions`: `webdancer synthesize crawlqa` and `e2hqa` as commands on the offline encyclopedia: crawl, questions, hygiene, manifest; then
 benchmarks.check_questions over the pages as they are served. `crawl`: a folder of HTML pages served on this machine, crawled from `/` with
@@ -52,8 +55,9 @@ def measure_questions(folder: Path) -> dict:
         seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         table, faults = check_served(run_dir / "questions")
-        print(f"{name}: {seconds:.0f} s, of them {cpu_s:.0f} s on a CPU\n{report(table, faults)}", flush=True)
-        found[name] = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "pools": table, "faults": faults}
+        cores = len(os.sched_getaffinity(0))
+        print(f"{name}: {seconds:.0f} s, of them {cpu_s:.0f} s on a CPU, with {cores} cores\n{report(table, faults)}", flush=True)
+        found[name] = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "cores": cores, "pools": table, "faults": faults}
     return found
 
 
@@ -154,10 +158,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.only in (None, "questions"):
             found["questions"] = measure_questions(Path(folder))
-        if options.only in (None, "crawl") and options.docs:
-            found["crawl"] = measure_crawl(options.docs, Path(folder), rounds=options.rounds, max_pages=options.pages)
         if options.only in (None, "sample") and options.sample:
             found["sample"] = measure_sample(options.sample)
+        if options.only in (None, "crawl") and options.docs:
+            found["crawl"] = measure_crawl(options.docs, Path(folder), rounds=options.rounds, max_pages=options.pages)
     if options.out:
         options.out.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
