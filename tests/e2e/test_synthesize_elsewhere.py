@@ -67,9 +67,11 @@ def harder(case, request):
 def test_given_questions_are_made_harder_by_a_model_and_a_real_search(tmp_path, origin):
     titles = [page["title"] for page in _crawled(tmp_path, origin)][:60]
     asked = [f"How old is the sign of {title}?" for title in titles]
-    write_tasks(tmp_path / "seeds.jsonl", [Task(id=text, question=text, answers=("ninety",), source="simple") for text in asked])
+    seeds = [Task(id=str(number), question=text, answers=("ninety",), source="simple") for number, text in enumerate([*asked, *asked[:2]])]
+    write_tasks(tmp_path / "seeds.jsonl", seeds)
+    write_tasks(tmp_path / "evaluation.jsonl", seeds[:1])
     overrides = ["synthesis.method=e2hqa", f"synthesis.seeds={tmp_path / 'seeds.jsonl'}", f"tools.search.url={origin}"]
-    overrides.append("tools.search.usd_per_1000=1.0")
+    overrides += ["tools.search.usd_per_1000=1.0", f"synthesis.evaluation_sets=[{tmp_path / 'evaluation.jsonl'}]"]
     with ScriptedModel(harder, hang_s=0.1) as model:
         overrides.append(f"synthesis.llm.base_url={model.url}")
         first = make(tmp_path / "run", *overrides)
@@ -79,6 +81,7 @@ def test_given_questions_are_made_harder_by_a_model_and_a_real_search(tmp_path, 
     searched = first["cost"]["providers"]["retrieve"]
     assert (searched["usd"], first["cost"]["usd"]) == (pytest.approx(searched["requests"] / 1000), searched["usd"])
     assert searched["requests"] == len((tmp_path / "run" / "searches.jsonl").read_text().splitlines()) > 0
+    assert (first["left_out"]["evaluation_overlap"], first["left_out"]["exact_duplicate"]) == (2, 1)
     made = read_tasks(tmp_path / "run" / "questions" / "sft.jsonl")
     assert len(made) > 3
     for task in made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,7 @@ from webdancer.synthesis.page import parse_page
 from webdancer.synthesis.page_questions import PageQuestions
 from webdancer.synthesis.pools import PoolFiles, split_of
 from webdancer.tools.render import Hit
+from webdancer.types import Task
 
 SMALL = {"num_sft": 60, "num_rl": 60, "num_dev": 12, "num_heldout": 20, "num_count": 12, "hop_shares": [0.25] * 4}
 
@@ -88,6 +90,25 @@ def test_e2hqa_is_true_after_every_round(tmp_path, by_split, site, world):
     assert all(len(row["metadata"]["steps"]) == row["metadata"]["rounds"] for row in rows)
     again = make(tmp_path / "again", SynthesisConfig(method="e2hqa", **SMALL), infobox_rounds(by_split, site))
     assert again["files"] == manifest["files"]
+
+
+def test_on_a_site_without_splits_answers_are_unique_on_all_of_it_and_entities_of_one_split(by_split, site, world):
+    pages = [dataclasses.replace(page, split="") for pages in by_split.values() for page in pages]
+    splits = {page.title: split_of(page.url) for page in pages}
+    shared = {name: [page for page in pages if splits[page.title] == name] for name in ("train", "dev", "heldout")}
+    harder, plain = infobox_rounds(shared, site), PageQuestions(shared, seed=3)
+    num_made = 0
+    for split in shared:
+        drawn = [harder.draw(split, "e2hqa") for _ in range(40)]
+        made = [asyncio.run(harder.write(one)) for one in drawn if one]
+        made += [plain.draw(split, type_) for type_ in ("hop1", "hop2", "intersection") for _ in range(10)]
+        for task in made:
+            if isinstance(task, Task):
+                num_made += 1
+                assert world.answer(task.question) == task.answers[0]
+                named = [title for title in splits if any(title == said or title in task.question for said in task.answers)]
+                assert {splits[title] for title in named} <= {split}
+    assert num_made > 90
 
 
 def test_the_checker_finds_what_is_wrong(by_split, site, world):

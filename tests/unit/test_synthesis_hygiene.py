@@ -16,7 +16,8 @@ from webdancer.evaluation.ciphers import encrypt
 from webdancer.synthesis.collect import LeftOut, Need, Outcome, collect
 from webdancer.synthesis.hygiene import Hygiene, aliases, described, language
 from webdancer.synthesis.in_order import in_order
-from webdancer.synthesis.pools import PoolFiles
+from webdancer.synthesis.pools import PoolFiles, split_of
+from webdancer.synthesis.seeds import sift_seeds
 from webdancer.types import Task
 
 LONG = "Which composer of the late nineteenth century wrote the music for the festival that the town of Bana holds in May?"
@@ -67,6 +68,19 @@ def test_a_question_made_of_one_of_an_evaluation_set_is_refused():
     step = dataclasses.replace(harder, metadata={"seed_question": "What?", "steps": [{"question": LONG}]})
     sets = [LONG, "What is the river of Kani Soto?"]
     assert [reasons(one, evaluation=sets) for one in (harder, seed, step)] == [[""], ["evaluation_overlap"], ["evaluation_overlap"]]
+
+
+def test_seeds_that_an_evaluation_set_has_or_that_come_twice_are_not_begun_with():
+    def seed(question, answer):
+        return Task(id=question, question=question, answers=(answer,), source="simple")
+
+    given = [seed("Who painted the Bana gate?", "Veka"), seed(LONG, "Soto"), seed("who painted the Bana gate", "Kani")]
+    by_split, unfit = sift_seeds(given, Hygiene(near_duplicate=0.8, evaluation=[LONG]))
+    assert by_split == {split_of("veka"): given[:1]}
+    assert [(found.task.question, found.reason) for found in unfit] == [
+        (LONG, "evaluation_overlap"),
+        ("who painted the Bana gate", "exact_duplicate"),
+    ]
 
 
 def test_what_overlaps_with_an_encrypted_set_is_written_nowhere(tmp_path):

@@ -104,11 +104,11 @@ def test_every_type_has_a_prompt_of_its_own(type_):
 
 def test_what_the_model_writes_becomes_a_task_with_its_facts_or_a_reason():
     source = ModelQuestions({"train": WEB}, model(lambda system, case: write_question(json.dumps(case), "0" * 64)), seed=1)
-    made = asyncio.run(source.write(Bundle("hop2", (WEB[0], WEB[1]))))
+    made = asyncio.run(source.write(Bundle("train", "hop2", (WEB[0], WEB[1]))))
     assert (made.question, made.answers) == ("Starting from Bana, 2 pages on, what is the born?", ("1931",))
     assert made.metadata["provenance"] == ["/Bana", "/Tiro"]
     assert made.metadata["facts"] == [{"url": "/Bana", "quote": "See Tiro."}, {"url": "/Tiro", "quote": "born: 1931"}]
-    assert asyncio.run(source.write(Bundle("count", (WEB[3],)))).answers == ("3",)
+    assert asyncio.run(source.write(Bundle("train", "count", (WEB[3],)))).answers == ("3",)
     for said, reason in [
         ('{"question": ""}', "model_declined"),
         ("no", "unusable_reply"),
@@ -116,15 +116,24 @@ def test_what_the_model_writes_becomes_a_task_with_its_facts_or_a_reason():
         ('{"question": "\\ud83d?", "answer": "x", "facts": []}', "unusable_reply"),
     ]:
         source = ModelQuestions({"train": WEB}, model(lambda system, case, said=said: said), seed=1)
-        assert asyncio.run(source.write(Bundle("hop1", (WEB[0],)))).reason == reason
+        assert asyncio.run(source.write(Bundle("train", "hop1", (WEB[0],)))).reason == reason
 
 
 def test_of_a_models_aliases_only_those_of_the_pages_are_right_answers():
     said = {"question": "In which year?", "answer": "1931", "aliases": ["year of Tiro", "Tiro", "the past"]}
     said["facts"] = [{"page": 1, "quote": "born: 1931"}]
     source = ModelQuestions({"train": WEB}, model(lambda system, case: said), seed=1)
-    assert asyncio.run(source.write(Bundle("hop1", (WEB[1],)))).answers == ("1931",)
-    assert asyncio.run(source.write(Bundle("hop1", (page("Tiro", "Tiro", born="1931"),)))).answers == ("1931", "Tiro")
+    assert asyncio.run(source.write(Bundle("train", "hop1", (WEB[1],)))).answers == ("1931",)
+    assert asyncio.run(source.write(Bundle("train", "hop1", (page("Tiro", "Tiro", born="1931"),)))).answers == ("1931", "Tiro")
+
+
+def test_an_answer_that_is_a_page_of_another_split_is_none_of_this_one():
+    said = {"question": "What is the seat of Bana?", "answer": "Soto", "facts": [{"page": 1, "quote": "seat: Soto."}]}
+    writer = model(lambda system, case: said)
+    for other, reason in (("soto!", "page_of_other_split"), ("Sotos", None)):
+        source = ModelQuestions({"train": WEB, "heldout": [page(other)]}, writer, seed=1)
+        made = asyncio.run(source.write(Bundle("train", "hop1", (WEB[0],))))
+        assert getattr(made, "reason", None) == reason
 
 
 SEED = Task(id="s", question="Which river does Warsaw stand on?", answers=("Vistula",), source="simple")

@@ -4,19 +4,20 @@
     What is the school of the person whose spouse is Tess Ode?
     What is the school of the person whose spouse is the person whose home is Bana and whose born is 1931?
 
-A description is a term; it is resolved over all pages of the split, from the inside out, without looking at how it was made.
+A description is a term; it is resolved over all pages of the site, from the inside out, without looking at how it was made. It names
+entities of the question's own split only.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 
 from webdancer.synthesis.e2hqa import AMBIGUOUS, NOT_FOUND, NOTHING_TO_DESCRIBE, SOURCE, Round, RoundFailed, Search
-from webdancer.synthesis.page import CrawledPage, FactValue
-from webdancer.synthesis.questions import Graph, leaks
+from webdancer.synthesis.page import CrawledPage
+from webdancer.synthesis.questions import graphs, leaks
 from webdancer.types import Task
 
 _SEED_DRAWS = 200
@@ -59,10 +60,11 @@ class InfoboxRounds:
     """Rounds over infobox facts. search: where the entity is looked up before it is described."""
 
     def __init__(self, pages_by_split: Mapping[str, Sequence[CrawledPage]], search: Search) -> None:
-        self._graphs = {split: Graph(pages) for split, pages in pages_by_split.items()}
+        self._graphs = graphs(pages_by_split)
         self._search = search
         self._drawn: set[tuple[str, str]] = set()
-        self._having = {split: _having(graph) for split, graph in self._graphs.items()}
+        self._titles = {page.url: page.title for pages in pages_by_split.values() for page in pages}
+        self._having = _having(page for pages in pages_by_split.values() for page in pages)
 
     def draw(self, split: str, rng: random.Random) -> Asked | None:
         graph = self._graphs.get(split)
@@ -107,12 +109,12 @@ class InfoboxRounds:
 
     async def is_one(self, state: Asked, made: Round) -> bool:
         described = _smallest(state.term, made.description)
-        return described is not None and len(self._resolve(state.split, described)) == 1
+        return described is not None and len(self._resolve(described)) == 1
 
     async def is_answered(self, state: Asked, made: Round) -> bool:
         graph = self._graphs[state.split]
-        pages = [graph.pages[url] for url in self._resolve(state.split, state.term)]
-        return len(pages) == 1 and graph.names(pages[0].facts[state.key][0]) == state.answers
+        pages = [graph.pages.get(url) for url in self._resolve(state.term)]
+        return len(pages) == 1 and pages[0] is not None and graph.names(pages[0].facts[state.key][0]) == state.answers
 
     def _describe(self, state: Asked, page: CrawledPage, rng: random.Random) -> Described | None:
         """By one entity that its page names and as few plain values as it takes; by plain values alone where there is no such entity."""
@@ -128,20 +130,19 @@ class InfoboxRounds:
             for key, onward in linked:
                 for values in combinations(plain, count):
                     found = Described(page.kind, tuple(values), key, Named(onward.url, onward.title))
-                    if self._resolve(state.split, found) == {page.url}:
+                    if self._resolve(found) == {page.url}:
                         return found
         alone = (Described(page.kind, tuple(values)) for count in (1, 2) for values in combinations(plain, count))
-        return next((found for found in alone if self._resolve(state.split, found) == {page.url}), None)
+        return next((found for found in alone if self._resolve(found) == {page.url}), None)
 
-    def _resolve(self, split: str, term: Term) -> set[str]:
-        """The entities that a term stands for."""
-        graph, having = self._graphs[split], self._having[split]
+    def _resolve(self, term: Term) -> set[str]:
+        """The pages of the site that a term may stand for."""
         if isinstance(term, Named):
-            return {page.url for page in graph.entities if page.title == term.title}
-        conditions = [having.get((term.kind, key, text), set()) for key, text in term.plain]
+            return {term.url}  # a title that two pages share names none: Graph
+        conditions = [self._having.get((term.kind, key, text), set()) for key, text in term.plain]
         if term.inner is not None:
-            inner = self._resolve(split, term.inner) if not isinstance(term.inner, Named) else {term.inner.url}
-            conditions.append({url for one in inner for url in having.get((term.kind, term.key, one), set())})
+            names = {name for url in self._resolve(term.inner) for name in (url, self._titles[url])}
+            conditions.append({url for name in names for url in self._having.get((term.kind, term.key, name), set())})
         return set.intersection(*conditions) if conditions else set()
 
 
@@ -175,12 +176,12 @@ def _smallest(term: Term | None, words: str) -> Described | None:
     return term if isinstance(term, Described) else None
 
 
-def _having(graph: Graph) -> dict[tuple[str, str, str], set[str]]:
-    """(kind, key, value) -> entities that have it, by the value's page and by its text."""
+def _having(pages: Iterable[CrawledPage]) -> dict[tuple[str, str, str], set[str]]:
+    """(kind, key, value) -> pages that have it, by the value's page and by its text; and without the kind, for `the one whose`."""
     found: dict[tuple[str, str, str], set[str]] = {}
-    for page in graph.entities:
-        for key in graph.single_keys(page):
-            value: FactValue = page.facts[key][0]
-            for name in {value.text, value.url or value.text}:
-                found.setdefault((page.kind, key, name), set()).add(page.url)
+    for page in pages:
+        for key, values in page.facts.items():
+            for value, kind in product(values, {page.kind, ""}):
+                for name in {value.text, value.url or value.text}:
+                    found.setdefault((kind, key, name), set()).add(page.url)
     return found

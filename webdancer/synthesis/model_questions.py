@@ -30,6 +30,7 @@ QUOTE, UNUSED, UNSUPPORTED, MISCOUNTED, LONG, LEAK = (
     "long",
     "leak",
 )
+OTHER_SPLIT = "page_of_other_split"
 
 _PAGE_CHARS = 6_000
 _MIN_PAGE_CHARS = 200
@@ -42,6 +43,7 @@ _DRAWS = 200
 class Bundle:
     """Pages that one question is to be written about; `about`: what the two pages of an intersection have in common."""
 
+    split: str
     type: str
     pages: tuple[CrawledPage, ...]
     about: str = ""
@@ -65,6 +67,8 @@ class ModelQuestions:
         }
         self._order = {split: list(pages) for split, pages in self._pages.items()}
         self._linking = {split: _linking(pages) for split, pages in self._pages.items()}
+        titles = {split: {" ".join(words(page.title)) for page in pages} for split, pages in pages_by_split.items()}
+        self._elsewhere = {split: set[str]().union(*titles.values()) - titles[split] - {""} for split in titles}
         self._model = model
         self._seed = seed
         self._rng: dict[tuple[str, str], random.Random] = {}
@@ -101,6 +105,9 @@ class ModelQuestions:
         if written is None:
             return LeftOut(DECLINED)
         wrong = find_fault(written, drawn.type, shown)
+        answers = {" ".join(words(answer)) for answer in written.answers}
+        if not wrong and drawn.type != "count" and not answers.isdisjoint(self._elsewhere[drawn.split]):
+            wrong = OTHER_SPLIT
         return LeftOut(wrong, written.question) if wrong else _task(written, drawn, shown)
 
     def _bundle(self, split: str, type_: str, rng: random.Random) -> Bundle | None:
@@ -108,11 +115,9 @@ class ModelQuestions:
         if type_ == "intersection":
             common = rng.choice(order)
             linking = self._linking[split].get(common, [])
-            return (
-                Bundle(type_, tuple(pages[url] for url in sorted(rng.sample(linking, 2))), pages[common].title)
-                if len(linking) > 1
-                else None
-            )
+            if len(linking) < 2:
+                return None
+            return Bundle(split, type_, tuple(pages[url] for url in sorted(rng.sample(linking, 2))), pages[common].title)
         length = 1 if type_ == "count" else int(type_.removeprefix("hop"))
         path = [pages[rng.choice(order)]]
         while len(path) < length:
@@ -120,7 +125,7 @@ class ModelQuestions:
             if not onward:
                 return None
             path.append(pages[rng.choice(onward)])
-        return Bundle(type_, tuple(path))
+        return Bundle(split, type_, tuple(path))
 
 
 def read_question(fields: Mapping[str, Any]) -> Written | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from webdancer.synthesis.collect import LeftOut
 from webdancer.synthesis.page import CrawledPage
-from webdancer.synthesis.questions import Graph, draw_question
+from webdancer.synthesis.questions import draw_question, graphs
 from webdancer.types import Task
 
 NO_QUESTION = "no_question"
@@ -19,7 +19,7 @@ class PageQuestions:
     """Draws and writes questions over each split's own pages, so that no path leads from one split into another."""
 
     def __init__(self, pages_by_split: Mapping[str, Sequence[CrawledPage]], *, seed: int) -> None:
-        self._graphs = {split: Graph(pages) for split, pages in pages_by_split.items()}
+        self._graphs = graphs(pages_by_split)
         self._rng: dict[tuple[str, str], random.Random] = {}
         self._seed = seed
 

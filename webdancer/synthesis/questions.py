@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,18 +65,20 @@ def make_questions(pages: Sequence[CrawledPage], *, counts_by_type: Mapping[str,
 
 
 class Graph:
-    """Entities by url, and which of their facts are lists."""
+    """Entities of one split by url, and which of their facts are lists. `others`: the site's pages of other splits."""
 
-    def __init__(self, pages: Sequence[CrawledPage]) -> None:
-        titles: dict[str, int] = {}
-        for page in pages:
-            titles[page.title] = titles.get(page.title, 0) + 1
+    def __init__(self, pages: Sequence[CrawledPage], others: Sequence[CrawledPage] = ()) -> None:
+        titles = Counter(page.title for page in (*pages, *others))
         # A title that two pages share names neither.
         self.pages = {page.url: page for page in pages if page.facts and page.title and titles[page.title] == 1}
         self.entities = list(self.pages.values())
         # A key that has several values on some page of the kind is a list on all of them.
-        self._lists = {(page.kind, key) for page in self.entities for key, values in page.facts.items() if len(values) > 1}
-        self.lists = [(page, key) for page in self.entities for key in page.facts if self.is_list(page, key)]
+        self._lists = {(page.kind, key) for page in (*pages, *others) for key, values in page.facts.items() if len(values) > 1}
+        self._elsewhere = {page.url for page in others}
+        self._titles_elsewhere = {page.title for page in others}
+        self._single_keys = {page.url: [key for key in page.facts if self._is_askable(page, key)] for page in self.entities}
+        # What has no page of its own may be several things in one.
+        self.lists = [(page, key) for page in self.entities for key in page.facts if self._is_countable(page, key)]
         self.lists_by_entry: dict[str, list[tuple[CrawledPage, str]]] = {}
         for page, key in self.lists:
             for value in page.facts[key]:
@@ -87,9 +90,8 @@ class Graph:
         return (page.kind, key) in self._lists
 
     def single_keys(self, page: CrawledPage) -> list[str]:
-        """Keys short enough to ask for, whose one value is short enough to be an answer."""
-        keys = (key for key in page.facts if not self.is_list(page, key))
-        return [key for key in keys if 0 < len(key) <= _MAX_KEY_CHARS and len(page.facts[key][0].text) <= _MAX_VALUE_CHARS]
+        """Keys short enough to ask for, whose one value is short enough to be an answer, and is no page of another split."""
+        return self._single_keys[page.url]
 
     def next_page(self, page: CrawledPage, key: str) -> CrawledPage | None:
         url = page.facts[key][0].url
@@ -99,6 +101,22 @@ class Graph:
         """The value's text and what else its own page calls it."""
         page = self.pages.get(value.url or "")
         return tuple(dict.fromkeys((value.text, *((page.title, *page.aliases) if page else ()))))
+
+    def _is_countable(self, page: CrawledPage, key: str) -> bool:
+        return self.is_list(page, key) and all(value.url is not None for value in page.facts[key])
+
+    def _is_askable(self, page: CrawledPage, key: str) -> bool:
+        value = page.facts[key][0]
+        elsewhere = value.url in self._elsewhere or (value.url not in self.pages and value.text in self._titles_elsewhere)
+        return not elsewhere and not self.is_list(page, key) and 0 < len(key) <= _MAX_KEY_CHARS and len(value.text) <= _MAX_VALUE_CHARS
+
+
+def graphs(pages_by_split: Mapping[str, Sequence[CrawledPage]]) -> dict[str, Graph]:
+    """Each split's own; a title or a list is what it is on the whole site."""
+    return {
+        split: Graph(pages, [page for other, theirs in pages_by_split.items() if other != split for page in theirs])
+        for split, pages in pages_by_split.items()
+    }
 
 
 def draw_question(graph: Graph, type_: str, rng: random.Random) -> Task | None:
