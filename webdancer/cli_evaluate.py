@@ -62,8 +62,9 @@ def judge_agreement(directory: Path, config: Config) -> str:
     """Raises DataError where there is no evaluation, ServiceError where the judge does not answer."""
     from webdancer.evaluation.attempts import read_judged
     from webdancer.evaluation.round_table import agreement_text
-    from webdancer.rewards.judge import build_judge
+    from webdancer.rewards.judge import build_judge, has_price
     from webdancer.runs.judge_agreement import judge_again
+    from webdancer.tools.ledger import Ledger
 
     judged = read_judged(directory)
     judge_config = replace(config.judge, num_servers=1)
@@ -74,9 +75,9 @@ def judge_agreement(directory: Path, config: Config) -> str:
 
         judge_config = replace(judge_config, model=model_path(judge_config.model))
         engine = open_engine(judge_config)
-    return agreement_text(
-        asyncio.run(judge_again(judged, build_judge(judge_config, engine=engine), start=engine.start if engine else None))
-    )
+    purse = Ledger(budget_usd=config.tools.budget_usd) if has_price(judge_config) else None
+    judge = build_judge(judge_config, engine=engine, purse=purse)
+    return agreement_text(asyncio.run(judge_again(judged, judge, start=engine.start if engine else None)))
 
 
 def check(options: argparse.Namespace) -> None:

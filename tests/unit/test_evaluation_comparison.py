@@ -15,6 +15,7 @@ from webdancer.evaluation.attempts import Attempt
 from webdancer.evaluation.comparison import agreement, compare, mcnemar_p, permutation_p
 from webdancer.evaluation.round_metrics import accuracy, majority, round_figures, same_answers
 from webdancer.evaluation.round_table import agreement_text, comparison_text, table
+from webdancer.types import JudgeUse, Verdict
 
 
 def attempt(id, round, right, *, answer="yes", **rest):
@@ -161,14 +162,25 @@ def test_a_large_difference_has_a_small_p_value():
     assert found.difference.low > 0.3
 
 
+def agreed(pairs):
+    return agreement([first for first, _ in pairs], [Verdict(status=second) for _, second in pairs])
+
+
 def test_agreement_of_two_judges():
     pairs = [("correct", "correct")] * 40 + [("wrong", "wrong")] * 40 + [("correct", "wrong")] * 15 + [("wrong", "correct")] * 5
-    found = agreement([*pairs, ("unknown", "correct")])
+    found = agreed([*pairs, ("unknown", "correct")])
     assert (found.num_decided, found.agreement.mean) == (100, 0.8)
     by_chance = 0.55 * 0.45 + 0.45 * 0.55
     assert found.kappa == pytest.approx((0.8 - by_chance) / (1 - by_chance))
     assert "15 correct/wrong" in agreement_text(found)
     assert "1 unknown/correct" in agreement_text(found)
-    assert math.isnan(agreement([("correct", "correct")]).kappa)
+    assert math.isnan(agreed([("correct", "correct")]).kappa)
     with pytest.raises(DataError, match="--judge-agreement: must have answers"):
-        agreement([("unknown", "wrong")])
+        agreed([("unknown", "wrong")])
+
+
+def test_what_the_second_judge_took_is_said():
+    use = JudgeUse(requests=2, prompt_tokens=900, completion_tokens=100, usd=0.25)
+    found = agreement(["correct"] * 2, [Verdict(status="correct", use=use)] * 2)
+    assert "judge: 4 requests, 2,000 tokens, $0.50 in all" in agreement_text(found)
+    assert "judge:" not in agreement_text(agreed([("correct", "correct")])).partition("recorded/this judge:")[2]

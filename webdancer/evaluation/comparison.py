@@ -13,7 +13,7 @@ from webdancer.errors import DataError
 from webdancer.evaluation.attempts import Attempt
 from webdancer.evaluation.metrics import Estimate, estimate, share
 from webdancer.evaluation.round_metrics import scores
-from webdancer.types import Task, VerdictStatus
+from webdancer.types import JudgeUse, Task, Verdict, VerdictStatus
 
 NUM_SIGNS = 100_000
 """Random sign vectors of the permutation test, unless all of them are fewer."""
@@ -38,13 +38,14 @@ class Comparison:
 class Agreement:
     """Of two judges, on what both have decided. `counts`: (first's status, second's) -> number, unknown included.
 
-    kappa: Cohen's, NaN where neither judge could have disagreed by chance.
+    kappa: Cohen's, NaN where neither judge could have disagreed by chance. use: what the second judge took.
     """
 
     num_decided: int
     agreement: Estimate
     kappa: float
     counts: Mapping[tuple[VerdictStatus, VerdictStatus], int]
+    use: JudgeUse
 
 
 def compare(first: Sequence[Attempt], second: Sequence[Attempt], *, seed: int = 0) -> Comparison:
@@ -99,8 +100,9 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / (1 << discordant))
 
 
-def agreement(pairs: Sequence[tuple[VerdictStatus, VerdictStatus]]) -> Agreement:
-    """Raises DataError where no answer was decided by both."""
+def agreement(recorded: Sequence[VerdictStatus], verdicts: Sequence[Verdict]) -> Agreement:
+    """Of the same answers. Raises DataError where none was decided by both."""
+    pairs = [(status, verdict.status) for status, verdict in zip(recorded, verdicts, strict=True)]
     decided = [pair for pair in pairs if "unknown" not in pair]
     if not decided:
         raise DataError("--judge-agreement: must have answers that both judges decide, got none")
@@ -109,7 +111,8 @@ def agreement(pairs: Sequence[tuple[VerdictStatus, VerdictStatus]]) -> Agreement
     second = sum(other == "correct" for _, other in decided) / len(decided)
     by_chance = first * second + (1 - first) * (1 - second)
     kappa = (same.mean - by_chance) / (1 - by_chance) if by_chance < 1 else math.nan
-    return Agreement(num_decided=len(decided), agreement=same, kappa=kappa, counts=Counter(pairs))
+    use = sum((verdict.use for verdict in verdicts), JudgeUse())
+    return Agreement(num_decided=len(decided), agreement=same, kappa=kappa, counts=Counter(pairs), use=use)
 
 
 def _discordant(first: Sequence[Attempt], second: Sequence[Attempt]) -> tuple[int, int]:

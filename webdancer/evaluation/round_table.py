@@ -25,17 +25,15 @@ def table(figures: RoundFigures) -> str:
         f"not attempted {_percent(figures.not_attempted)}",
         f"an episode: {_number(figures.actions)} actions, {_number(figures.calls)} tool calls ({calls}), {_number(figures.tokens)} tokens, "
         f"{_number(figures.policy_tokens)} of them the policy's; tools cost ${figures.usd:.2f} in all",
-        *_judge_lines(figures),
+        *_judge_lines(figures.judge_requests, figures.judge_tokens, figures.judge_usd),
         f"ended: {', '.join(f'{stop} {count}' for stop, count in figures.stops.items())}",
     ]
     return "\n".join([*_aligned(lines), *took])
 
 
-def _judge_lines(figures: RoundFigures) -> list[str]:
+def _judge_lines(requests: int, tokens: int, usd: float) -> list[str]:
     """None where no model judged."""
-    if not figures.judge_requests:
-        return []
-    return [f"judge: {figures.judge_requests:,} requests, {figures.judge_tokens:,} tokens, ${figures.judge_usd:.2f} in all"]
+    return [f"judge: {requests:,} requests, {tokens:,} tokens, ${usd:.2f} in all"] if requests else []
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -60,6 +58,7 @@ def agreement_text(agreement: Agreement) -> str:
             f"{agreement.num_decided} answers that both judges decide: {_percent(same.mean)} alike "
             f"(95 % interval {_percent(same.low)} to {_percent(same.high)}), Cohen's kappa {_number(agreement.kappa, digits=2)}",
             f"recorded/this judge: {', '.join(pairs)}",
+            *_judge_lines(agreement.use.requests, agreement.use.prompt_tokens + agreement.use.completion_tokens, agreement.use.usd),
         ]
     )
 

@@ -6,22 +6,33 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from webdancer.evaluation.attempts import Attempt
 from webdancer.evaluation.comparison import Agreement, agreement
-from webdancer.rewards.judge import RunningJudge
+from webdancer.rewards.judge import RunningJudge, unpaid
 from webdancer.runs.together import together
-from webdancer.types import Task
+from webdancer.tools.ledger import out_of_money
+from webdancer.types import Task, Verdict
 
 
 async def judge_again(
     judged: Sequence[tuple[Attempt, Task]], judge: RunningJudge, *, start: Callable[[], Awaitable[None]] | None = None
 ) -> Agreement:
-    """The recorded verdicts against the judge's, on all that have an answer. `start`: of its engine. Closes the judge."""
+    """The recorded verdicts against the judge's, on all that have an answer. `start`: of its engine. Closes the judge.
+
+    Raises ServiceError where the judge does not answer, or its money does not cover all of them.
+    """
     answered = [(attempt, task) for attempt, task in judged if attempt.answer is not None]
     try:
         if start is not None:
             await start()
         else:
             await judge.check()
-        verdicts = await together(judge.grade(task, attempt.answer or "") for attempt, task in answered)
+        verdicts = await together(_graded(judge, task, attempt.answer or "") for attempt, task in answered)
     finally:
         await judge.aclose()
-    return agreement([(attempt.status, verdict.status) for (attempt, _), verdict in zip(answered, verdicts, strict=True)])
+    return agreement([attempt.status for attempt, _ in answered], verdicts)
+
+
+async def _graded(judge: RunningJudge, task: Task, answer: str) -> Verdict:
+    verdict = await judge.grade(task, answer)
+    if unpaid(verdict):
+        raise out_of_money()
+    return verdict
