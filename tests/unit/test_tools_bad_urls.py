@@ -107,7 +107,7 @@ SERVED = {
     "zstd bomb": (encoded(b"\x28\xb5\x2f\xfd\xa4\x00\xc2\xeb\x0b" + b"\x02\x00\x10x" * 1000, "zstd"), "unreachable"),
     "compress": (encoded(b"\x1f\x9d\x90", "compress"), "unreachable"),
     "no gzip": (encoded(FINE.encode(), "gzip"), "unreachable"),
-    "cut gzip": (encoded(gzip.compress(FINE.encode())[:-20], "gzip"), ""),
+    "cut gzip": (encoded(gzip.compress(FINE.encode())[:-20], "gzip"), "unreachable"),
     "declared too large": (raw(HTML + b"Content-Length: 99999999999\r\n\r\nx"), "body_too_large"),
     "endless": (endless(HTML + b"\r\n", b"x" * 65536), "body_too_large"),
     "endless chunks": (endless(HTML + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b"x" * 65536 + b"\r\n"), "body_too_large"),

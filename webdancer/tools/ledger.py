@@ -26,7 +26,7 @@ from webdancer.whole_file import write_whole
 FILE_NAME = "spending.json"
 _WRITE_EVERY_S = 1.0
 _MAX_BACKLOG_S = 60.0
-"""Nobody waits longer for his turn: what a file says beyond that is the doing of a clock that was set."""
+"""No tool actor waits longer for its turn: a file that says more is of a clock that was set, or of a job that died with its ledger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

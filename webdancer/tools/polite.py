@@ -235,8 +235,6 @@ class Manners:
 async def _outcome(send: Callable[[], Awaitable[Page]]) -> tuple[Page | None, BlockedUrl | FetchFailed | None]:
     try:
         return await send(), None
-    except NotAsked:  # on the way of a redirect: nothing that another attempt could change
-        raise
     except (BlockedUrl, FetchFailed) as error:
         return None, error
 
