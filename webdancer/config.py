@@ -68,6 +68,7 @@ class EpisodeConfig:
     max_malformed: int = 3
     """Malformed actions in a row that end an episode."""
     timeout_s: float = 1800.0
+    """An older episode begins neither a turn nor a tool call; what runs then has its own time."""
     turn_timeout_s: float = 900.0
     """A model call that takes longer, queue and weight updates included, is the engine's fault: the turn is done again elsewhere."""
     tool_timeout_s: float = 120.0

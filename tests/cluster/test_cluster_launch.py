@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from webdancer.cluster.launch import model_path, services
+from webdancer.cluster.launch import _at_once, model_path, services
 from webdancer.cluster.placement import num_local_cpus, plan_resources, rank_bundle
 from webdancer.config import ClusterConfig, Config, EngineConfig, LearnerConfig, RolloutConfig
 from webdancer.errors import ConfigError, ServiceError
@@ -234,6 +234,12 @@ def test_gpus_are_whole_where_there_are_enough_and_shared_where_not():
         plan_resources(config_of(2, 4, tensor_parallel=2), {"CPU": 64.0, "GPU": 4.0})
     with pytest.raises(ServiceError, match="CPUs, got 2"):
         plan_resources(config_of(2, 4), {"CPU": 2.0})
+
+
+def test_an_outage_may_take_what_is_in_flight_and_an_evaluation_has_no_groups_in_flight():
+    config = replace(config_of(2, 4), rollout=RolloutConfig(num_workers=2, groups_per_step=64, group_size=16, max_staleness=1))
+    assert _at_once(config) == 2048
+    assert _at_once(replace(config, learner=LearnerConfig(num_ranks=0))) == 2 * 64
 
 
 def test_local_cpus_hold_every_actor():

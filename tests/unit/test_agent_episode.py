@@ -151,16 +151,23 @@ async def test_a_prompt_without_room_asks_once_or_not_at_all():
     assert not trajectory.loss_mask.any()
 
 
-async def test_the_deadline_ends_a_slow_policy():
-    trajectory = await episode([], policy=ScriptedPolicy([search("a")] * 9, delay_s=0.05), limits=replace(LIMITS, timeout_s=0.08))
-    assert (trajectory.stop, trajectory.answer, len(trajectory.turns)) == (StopReason.TIMEOUT, None, 1)
+@pytest.mark.parametrize("said", [search("a"), "hm"])
+async def test_the_deadline_ends_a_slow_policy_after_the_turn_that_it_is_at(said):
+    toolbox = FakeToolbox("school: Bana School.")
+    slow = ScriptedPolicy([said] * 9, delay_s=0.05)
+    trajectory = await episode([], toolbox, policy=slow, limits=replace(LIMITS, timeout_s=0.08))
+    assert (trajectory.stop, trajectory.answer, len(trajectory.turns)) == (StopReason.TIMEOUT, None, 2)
+    assert len(toolbox.calls) == (said != "hm"), "a call that comes too late is not run"
+    assert trajectory.num_policy_tokens == sum(len(turn.completion.token_ids) for turn in trajectory.turns)
 
 
-async def test_the_deadline_keeps_the_turn_whose_tool_was_running():
-    trajectory = await episode([search("a")], FakeToolbox(delay_s=5), limits=replace(LIMITS, timeout_s=0.05))
+@pytest.mark.parametrize(("delay_s", "error"), [(0.1, None), (5.0, TOOL_TIMEOUT)])
+async def test_at_the_deadline_a_tool_is_waited_for_and_one_that_hangs_is_not_the_policys_doing(delay_s, error):
+    limits = replace(LIMITS, timeout_s=0.05, tool_timeout_s=0.2)
+    trajectory = await episode([search("a")], FakeToolbox(delay_s=delay_s), limits=limits)
     assert trajectory.stop is StopReason.TIMEOUT
     (turn,) = trajectory.turns
-    assert turn.result is None
+    assert turn.result.error == error
     assert trajectory.num_policy_tokens == len(turn.completion.token_ids)
 
 

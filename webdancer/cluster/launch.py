@@ -204,15 +204,18 @@ def _judge_timeout_s(config: Config) -> float:
 
 
 def _at_once(config: Config) -> int:
-    """Episodes in flight: as many as the engines begin with, or as the groups of all slots have once the engines have room for them."""
+    """Episodes in flight: as many as the engines begin with, or, in RL, as the groups of all slots have once the engines have room for
+    them."""
     rollout = config.rollout
-    slots = (rollout.max_staleness + 1) * rollout.groups_per_step
+    slots = (rollout.max_staleness + 1) * rollout.groups_per_step if config.learner.num_ranks else 0
     return max(rollout.num_workers * (rollout.episodes_per_worker or config.engine.max_num_seqs), slots * rollout.group_size)
 
 
 def _episode_timeout_s(config: Config) -> float:
     """By when a worker that lives has ended an episode, whatever happened to it; else the call itself was lost."""
-    return config.episode.timeout_s + _judge_timeout_s(config) + config.rollout.heartbeat_timeout_s
+    episode = config.episode
+    last = max(episode.turn_timeout_s, episode.tool_timeout_s)
+    return episode.timeout_s + last + _judge_timeout_s(config) + config.rollout.heartbeat_timeout_s
 
 
 async def _ready(servers: list[Any]) -> None:
