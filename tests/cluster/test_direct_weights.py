@@ -45,6 +45,8 @@ class Worker:
     async def load_weights(self, path, version, files):
         return await self._engine.load_weights(path, version)
 
+    async def confirm(self): ...
+
     async def stats(self):
         return {**await self._engine.stats(), "in_flight": 0.0, "in_flight_limit": 0.0}
 

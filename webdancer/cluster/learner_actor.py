@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from webdancer.cluster.scratch import WEIGHTS, make_scratch, remove_orphans
 from webdancer.config import LearnerConfig, ModelConfig, RlConfig
 
 if TYPE_CHECKING:
     from webdancer.learner.rank import LearnerRank
-
-WEIGHTS_PREFIX = "webdancer-weights-"
 
 
 class LearnerActor:
@@ -112,8 +110,8 @@ class LearnerActor:
             in_memory = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4 * size
             base = "/dev/shm" if in_memory else fallback
         Path(base).mkdir(parents=True, exist_ok=True)
-        _remove_orphans(Path(base))
-        self._weights = Path(tempfile.mkdtemp(prefix=f"{WEIGHTS_PREFIX}{os.getpid()}-", dir=base))
+        remove_orphans(WEIGHTS, base)
+        self._weights = make_scratch(WEIGHTS, base)
         return str(self._weights)
 
     def read_file(self, path: str) -> bytes:
@@ -135,11 +133,3 @@ class LearnerActor:
             shutil.rmtree(self._weights, ignore_errors=True)
         if self._rank is not None:
             self._rank.close()
-
-
-def _remove_orphans(base: Path) -> None:
-    """What runs that were killed have left behind: directories of processes that are no more."""
-    for directory in base.glob(f"{WEIGHTS_PREFIX}*"):
-        owner = directory.name.removeprefix(WEIGHTS_PREFIX).split("-")[0]
-        if owner.isdigit() and not os.path.exists(f"/proc/{owner}") and os.path.isdir("/proc"):
-            shutil.rmtree(directory, ignore_errors=True)

@@ -249,6 +249,10 @@ class WeightPublisher:
                 f"canary: |log p engine - log p learner| is {report.mean:.2e} in the mean (rollout.weights.canary_mean: "
                 f"{self._config.canary_mean:g}) and {report.max:.2e} at most (canary_max: {self._config.canary_max:g})"
             )
+        try:
+            await answer(worker.handle.confirm.remote(), stage=worker.name, timeout_s=self._config.timeout_s)
+        except (ActorLost, StalledError) as error:
+            return Gone(str(error))
         return timing, report
 
     async def _engine_stats(self) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from webdancer.cluster.scratch import RECEIVED, make_scratch, remove_orphans, shared_memory
 from webdancer.config import EngineConfig, EpisodeConfig, PromptConfig, RewardConfig
 from webdancer.errors import EngineFault
 from webdancer.inference.concurrency import INTERVAL_S, Concurrency, EngineLoad
@@ -250,9 +250,11 @@ class RolloutWorker:
 
     async def load_weights(self, manifest_path: str, version: int, files: Mapping[str, Awaitable[bytes]] | None) -> Mapping[str, float]:
         """Load the export in the directory `manifest_path`; `files` are its files in the object store, where this node has no such path."""
+        self._policy.proven.clear()
         if files is None:
             return await self._engine.load_weights(manifest_path, version)
-        directory = Path(tempfile.mkdtemp(prefix=f"webdancer-received-{os.getpid()}-", dir=shared_memory()))
+        remove_orphans(RECEIVED, shared_memory())
+        directory = make_scratch(RECEIVED, shared_memory())
         try:
             for name, content in files.items():
                 await asyncio.to_thread((directory / name).write_bytes, await content)  # one layer group in memory at a time
@@ -268,7 +270,12 @@ class RolloutWorker:
         return await self._engine.sleep()
 
     async def begin_update(self) -> None:
+        self._policy.proven.clear()
         await self._engine.begin_update()
+
+    async def confirm(self) -> None:
+        """The engine has passed the canary: what it has sampled since its last update may be used."""
+        self._policy.proven.set()
 
     async def receive_weights(self, update_info: Mapping[str, Any]) -> None:
         await self._engine.receive_weights(update_info)
@@ -289,8 +296,3 @@ class RolloutWorker:
             self._adapting.cancel()
         if hasattr(self, "_engine"):
             await self._engine.stop()
-
-
-def shared_memory() -> str | None:
-    """Where files live in memory; None (the default directory for temporary files) where there is no such place."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -75,6 +75,9 @@ class GuardedPolicy:
         self._activity = activity
         self._timeout_s = timeout_s
         self.leaving = ""
+        self.proven = asyncio.Event()
+        """Not set while nobody knows whether the engine's weights are right: what it gives meanwhile waits."""
+        self.proven.set()
 
     async def complete(self, prompt_ids: Sequence[int], *, sampling: Sampling, max_tokens: int, session: str) -> Completion:
         generating = self._policy.complete(prompt_ids, sampling=sampling, max_tokens=max_tokens, session=session)
@@ -104,6 +107,7 @@ class GuardedPolicy:
             raise EngineFault(f"generate: no answer of the engine within {self._timeout_s:g} s (episode.turn_timeout_s)") from None
         if (fault := garbage(completion, max_tokens=max_tokens)) is not None:
             raise EngineFault(f"generate: the engine gave {fault}")
+        await self.proven.wait()
         return completion
 
 
