@@ -89,20 +89,6 @@ def test_what_an_engine_gives_before_its_weights_are_proven_waits():
     run_virtual(main())
 
 
-def test_what_an_engine_gives_before_its_weights_are_proven_waits():
-    policy = GuardedPolicy(ScriptedPolicy([answer("x")] * 2), Activity(), timeout_s=60.0)
-
-    async def main():
-        policy.proven.clear()
-        waiting = asyncio.create_task(complete(policy))
-        await asyncio.sleep(1000)
-        assert not waiting.done()
-        policy.proven.set()
-        assert (await waiting).finish == "stop"
-
-    run_virtual(main())
-
-
 def test_two_runs_of_an_episode_are_two_sessions():
     seen = []
 
