@@ -6,8 +6,8 @@ A group's life, and what moves it on:
                         |                 \\--> dropped: all_correct | all_wrong | too_few_valid
                         \\--------------------> dropped: surplus (too old for the new weights)
 
-    admit    a slot is free: (max_staleness + 1) x P slots, P groups a batch; the curriculum says which question, and how it grows;
-             while the tools are throttled fewer run at once (`admission`)
+    admit    a slot is free: (max_staleness + 1) x P slots, P groups a batch, and at most P for each batch that is still wanted;
+             the curriculum says which question, and how it grows; while the tools are throttled fewer run at once (`admission`)
     draw     the deadline rule (`slots.newest_drawable`) says that nobody still held would come too late for its own batch
     release  new weights have landed in the engines; only then is a trained group's slot free
     dropped  frees the slot at once, or a synchronous run would deadlock; with `refill: duplicate` the dropped group keeps its slot and is
