@@ -204,6 +204,8 @@ def test_an_infobox_of_any_site_is_read_and_other_tables_are_not():
 def test_a_table_of_keys_and_values_is_an_infobox_where_none_says_so():
     rows = "<tr><th>Seat:</th><td><a href='/b'>Bana</a></td></tr><tr><th>Founded</th><td>1990 in <a href='/b'>Bana</a></td></tr>"
     table = f"<table>{rows}<tr><th>Boards</th><td><a href='/x'>X</a> and <a href='/y'>Y</a></td></tr></table>"
+    titles = [parse_page(f"<h1>{heading}</h1>", url=SITE + "/", site=SITE).title for heading in ("C#", "Tiro #", "C# ¶")]
+    assert titles == ["C#", "Tiro", "C#"]
     page = parse_page(f"<h1>Tiro¶</h1>{table}", url=SITE + "/", site=SITE)
     assert page.title == "Tiro"
     assert page.facts == {

@@ -61,7 +61,7 @@ def parse_page(html: str, *, url: str, site: str = "") -> CrawledPage:
     strip_elements(tree, "script", "style", with_tail=False)
     for block in tree.iter(*_BLOCKS):  # else the text of two cells would be one word
         block.tail = " " + (block.tail or "")
-    headings = [_text(heading).rstrip("¶# ") for heading in tree.iterfind(".//h1")]
+    headings = [_text(heading).rstrip("¶ ").removesuffix(" #") for heading in tree.iterfind(".//h1")]  # C# keeps its name
     tables = tree.xpath("//table[contains(concat(' ', normalize-space(@class), ' '), ' infobox ')]")
     tables = tables or next(([table] for table in tree.iterfind(".//table") if _is_paired(table)), [])
     linked: dict[str, str] = {}
