@@ -55,7 +55,7 @@ class Tool(Protocol):
 
 
 def open_tools(
-    config: ToolsConfig, *, quota: Quota | None = None, shelf: ShelfFile | None = None, engine: Writer | None = None
+    config: ToolsConfig, *, shard: int = 0, quota: Quota | None = None, shelf: ShelfFile | None = None, engine: Writer | None = None
 ) -> dict[str, Tool]:
     """The tools by the names that the agent calls; the line of a new one goes here. Raises ConfigError or ServiceError.
 
@@ -73,7 +73,7 @@ def open_tools(
         config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction, engine=engine
     )
     return {
-        "search": SearchTool(backend, config.search, memory),
+        "search": SearchTool(backend, config.search, memory, tries=shard == 0 or not searcher.leased),
         "visit": VisitTool(reader, summarizer, config.visit, memory, config.fetch),
     }
 
@@ -96,7 +96,8 @@ def open_toolbox(
     if mode == "replay":
         return ReplayToolbox(config, live=None)
     shelf = ShelfFile(Path(config.cache_dir) / f"shard-{shard}.sqlite") if config.cache_dir else None
-    live = WebToolbox(config, tools=open_tools(config, quota=quota, shelf=shelf, engine=engine), shelf=shelf, call_timeout_s=call_timeout_s)
+    tools = open_tools(config, shard=shard, quota=quota, shelf=shelf, engine=engine)
+    live = WebToolbox(config, tools=tools, shelf=shelf, call_timeout_s=call_timeout_s)
     if mode == "live":
         return live
     if mode == "record" and writer is None:
