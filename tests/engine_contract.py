@@ -295,34 +295,6 @@ async def check_sleep(engine, model, directory: Path) -> None:
     await check_score(engine, model)
 
 
-async def check_sleep(engine, model, directory: Path) -> None:
-    """From `sleep` on nothing moves, until weights come; then requests go on under these, with nothing left of the old ones."""
-    version = engine.version + 1
-    (prompt,) = prompts(1)
-    sampling = Sampling(temperature=0.8)
-    task = asyncio.create_task(engine.complete(prompt, sampling=sampling, max_tokens=200, session="sleeps"))
-    while (await engine.stats())["running"] < 1:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.05)
-    await engine.sleep()
-    assert await engine.sleep() == {}, "a second time is nothing, and no memory is given back on a CPU"
-    before = (await engine.stats())["generated_tokens"]
-    waiting = asyncio.create_task(engine.complete(prompt, sampling=sampling, max_tokens=3, session="waits"))
-    await asyncio.sleep(0.3)
-    assert not task.done()
-    assert not waiting.done()
-    assert (await engine.stats())["generated_tokens"] == before
-    perturb(model, "model.norm.weight")
-    await engine.load_weights(export(model, directory / "awake", version), version)
-    completion = await asyncio.wait_for(task, 60)
-    assert (await asyncio.wait_for(waiting, 60)).versions[0].version == version
-    assert completion.versions[-1].version == version
-    span = completion.versions[-1]
-    own = reference_logprobs(model, prompt, completion.token_ids, sampling)[span.start : span.end]
-    np.testing.assert_allclose(completion.logprobs[span.start : span.end], own, atol=1e-4)
-    await check_score(engine, model)
-
-
 async def check_update_that_keeps_the_cache(engine, model, directory: Path) -> None:
     """Tokens after the update: new weights over old keys and values, those of the token fed last excepted. A newcomer with the same prompt
     gets none of these."""
