@@ -22,8 +22,9 @@ def trajectory_article(row: dict[str, Any], title: str) -> str:
         f"reward {reward['total']:.2f} (format {reward['format']:.0f}, answer {reward['answer']:.0f})",
         f"{row['num_tool_calls']} tool calls",
         f"stop: {row['stop']}",
-        f"weights: version {_versions(row)}",
     ]
+    if row["versions"]:
+        facts.append(f"weights: version {_versions(*row['versions'])}")
     turns = "".join(f'<div class="turn">{"".join(_turn(turn))}</div>' for turn in row["turns"])
     return (
         f'<article class="{"solved" if reward["answer"] > 0 else "failed"}"><h3>{escape(title)}: {escape(task["question"])}</h3>'
@@ -31,8 +32,7 @@ def trajectory_article(row: dict[str, Any], title: str) -> str:
     )
 
 
-def _versions(row: dict[str, Any]) -> str:
-    low, high = row["versions"] or ("-", "-")
+def _versions(low: int, high: int) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 

@@ -28,7 +28,7 @@ FILE_NAME = "report.html"
 NUM_SHOWN, MAX_REJECTED = 10, 4
 """Trajectories shown: demonstrations from all over the file, and the first that was rejected for each of some reasons."""
 
-_AFTER = {"": "Attempts", "outage": "Not lost to an outage", "validity": "Valid", "correctness": "Correct", "quality": "Good"}
+_AFTER = {"": "Attempts", "outage": "Not interrupted", "validity": "Valid", "correctness": "Correct", "quality": "Good"}
 """What is left after each stage."""
 _KEPT_FROM = {"all": "outage", "valid": "validity", "correct": "correctness", "quality": "quality"}
 _STATE_NAMES = {
@@ -104,10 +104,14 @@ def _headline(manifest: Mapping[str, Any], num_questions: int) -> str:
     ]
     tiles += cost_tiles(manifest["cost"])
     lead = (
-        f"{escape(names[sample['backend']])} tried each question up to {sample['attempts']} times; what came through the funnel as far as "
+        f"{escape(names[sample['backend']])} tried each question {_times(sample['attempts'])}; what came through the funnel as far as "
         f"<strong>{escape(sample['keep'])}</strong> is a demonstration, every other question is for RL."
     )
     return headline("Sampling", lead, tiles)
+
+
+def _times(attempts: int) -> str:
+    return "once" if attempts == 1 else f"up to {attempts} times"
 
 
 def _funnel(manifest: Mapping[str, Any]) -> str:
