@@ -16,7 +16,7 @@ from webdancer.synthesis.hygiene import described
 from webdancer.synthesis.manifest import cost, provenance
 from webdancer.synthesis.pools import PoolFiles
 from webdancer.telemetry.data_report import Thinned, bins
-from webdancer.telemetry.questions_report import render_questions_report, write_questions_report
+from webdancer.telemetry.questions_report import _needed, render_questions_report, write_questions_report
 from webdancer.types import Task
 
 HOSTILE = "</h3><script>alert(1)</script>"
@@ -87,6 +87,13 @@ def test_tokens_requests_and_money_are_told(page):
 def test_ten_questions_are_shown_some_of_them_left_out(page):
     fates = Counter(re.findall(r'<p class="facts">([^·]*) ·', page))
     assert fates == {"for the teacher": 4, "for RL": 3, "held out": 1, "left out: exact duplicate": 1, "left out: near duplicate": 1}
+
+
+def test_a_fact_stands_beside_the_page_that_was_read_for_it():
+    pages = ["/a", "/b", "/c"]
+    assert _needed({"provenance": pages, "keys": ["x", "y", "z"]}) == ["/a: x", "/b: y", "/c: z"]
+    assert _needed({"provenance": pages, "keys": ["z"]}) == ["/a", "/b", "/c: z"], "E2HQA: the last page is the seed's"
+    assert _needed({"provenance": pages}) == pages
 
 
 def test_no_text_becomes_markup(page):

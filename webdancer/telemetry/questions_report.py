@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -166,12 +166,12 @@ def _article(row: Mapping[str, Any], fate: str) -> str:
 
 
 def _needed(metadata: Mapping[str, Any]) -> list[str]:
-    """The facts that the answer needs: quotations where a model wrote the question, else the keys that were read, page by page."""
+    """The facts that the answer needs: quotations where a model wrote the question, else the keys that were read, of the last pages."""
     if quoted := metadata.get("facts"):
         return [f"{fact['url']}: {fact['quote']}" for fact in quoted]
     pages, keys = metadata.get("provenance", ()), metadata.get("keys", ())
-    told: Sequence[str] = [f"{url}: {key}" for url, key in zip(pages, keys, strict=False)]
-    return [*told, *map(str, pages[len(told) :])]
+    first = len(pages) - len(keys)
+    return [f"{url}: {keys[index - first]}" if index >= first else str(url) for index, url in enumerate(pages)]
 
 
 def _answers(row: Mapping[str, Any]) -> list[str]:
