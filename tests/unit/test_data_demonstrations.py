@@ -120,6 +120,18 @@ async def test_a_trajectory_as_a_row_encodes_to_its_own_tokens(prompt, calls, tm
     assert not sample.advantages.any()
 
 
+async def test_where_no_answer_was_forced_no_observation_asks_for_one():
+    prompt = PromptConfig(style="brief")
+    policy = ScriptedPolicy([search(f"q{number}") for number in range(4)])
+    settings = {"toolbox": FakeToolbox("page"), "tokenizer": TOKENIZER, "prompt": prompt, "sampling": Sampling(), "member": 0}
+    run = await run_episode(make_task(), policy=policy, limits=replace(LIMITS, max_tokens=4096), **settings)
+    whole = trajectory_to_row(run, prompt=prompt)["messages"]
+    assert (run.turns[-1].result, "Answer now." in whole[-2]["content"]) == (None, True)
+    without = trajectory_to_row(replace(run, turns=run.turns[:-1]), prompt=prompt)["messages"]
+    assert without == [*whole[:-2]]
+    assert not any("Answer now." in message["content"] for message in without)
+
+
 def test_rows_out_of_form_are_read_only_where_that_is_asked_for(tmp_path):
     path = tmp_path / "demos.jsonl"
     write_demonstrations(path, [ROW, changed(2, content="I just talk."), changed(4, content=search("why"))])

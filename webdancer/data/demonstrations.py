@@ -119,7 +119,9 @@ def demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
 
 def trajectory_to_row(trajectory: Trajectory, *, prompt: PromptConfig) -> dict[str, Any]:
     """A trajectory as a demonstration; `prompt` is what its episode ran with. Its encoding is the trajectory's own ids again."""
-    forced = trajectory.stop in FORCED_STOPS
+    last = trajectory.turns[-1] if trajectory.turns else None
+    # A call that was run is no turn that was asked to answer: there was no room for one.
+    forced = trajectory.stop in FORCED_STOPS and not (last and isinstance(last.action, ToolCall) and last.result is not None)
     messages = list(prompt_messages(trajectory.task, prompt))
     for index, turn in enumerate(trajectory.turns):
         messages.append(Message(role="assistant", content=_written(turn)))
