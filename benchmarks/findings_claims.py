@@ -157,6 +157,7 @@ CLAIMS = (
             versus(arm("on", "sft_rl"), arm("off, same steps", "no_dynamic")),
             versus(arm("on", "sft_rl"), arm("off, same rollouts", "no_dynamic_rollouts")),
         ),
+        note="The second row is accuracy for the same number of rollouts, dropped groups included.",
     ),
     Claim(
         key="masking",
