@@ -33,6 +33,7 @@ async def main(model: str, run_dir: str, address: str) -> None:
             "learner.num_ranks=2",
             "learner.token_budget=512",
             f"cluster.address={address}",
+            "cluster.shared_gpus=true",  # there are none: engines only stand still while the learner works
             "cluster.object_store_mib=100",
         ],
     )
