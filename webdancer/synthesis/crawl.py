@@ -12,6 +12,8 @@ again visits the rest, and ends as if it had never stopped.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +26,7 @@ from webdancer.synthesis.frontier import CrawlBudget, Frontier, Visit
 from webdancer.synthesis.in_order import in_order
 from webdancer.synthesis.page import CrawledPage, FactValue, origin_of, parse_page, site_path
 from webdancer.synthesis.similar import SimilarTexts
-from webdancer.telemetry.jsonl import JsonlWriter, read_jsonl
+from webdancer.telemetry.jsonl import JsonlWriter, read_jsonl, read_placed
 from webdancer.tools.gate import BlockedUrl
 from webdancer.tools.limits import NotAsked
 from webdancer.tools.network import FetchFailed
@@ -251,14 +253,24 @@ class _Kept:
         self._site = site
         self._folder = folder
         if folder is not None:
-            self._writers = (JsonlWriter(folder / PAGES_FILE), JsonlWriter(folder / LEFT_OUT_FILE))
             for row in read_jsonl(folder / PAGES_FILE):
                 self._rows[int(row["visit"])] = (str(row["asked"]), _page(row))
             for row in read_jsonl(folder / LEFT_OUT_FILE):
                 self._rows[int(row["visit"])] = (str(row["asked"]), str(row["reason"]))
-            if sorted(self._rows) != list(range(len(self._rows))):
-                raise DataError(f"{folder}: must hold a crawl from its first visit on, got visits with gaps")
+            self._cut_back(folder)
+            self._writers = (JsonlWriter(folder / PAGES_FILE), JsonlWriter(folder / LEFT_OUT_FILE))
         self._has_page = any(isinstance(outcome, CrawledPage) for _, outcome in self._rows.values())
+
+    def _cut_back(self, folder: Path) -> None:
+        """To the visits before the first that is missing: when the power goes, one file may lose more than the other."""
+        whole = next(number for number in itertools.count() if number not in self._rows)
+        if whole == len(self._rows):
+            return
+        for path in (folder / PAGES_FILE, folder / LEFT_OUT_FILE):
+            end = next((offset for offset, row in read_placed(path) if int(row["visit"]) >= whole), None)
+            if end is not None:
+                os.truncate(path, end)
+        self._rows = {number: self._rows[number] for number in range(whole)}
 
     def get(self, visit: Visit) -> CrawledPage | str | None:
         """What came of this visit before. Raises DataError if the crawl on disk went another way."""
