@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import make_evaluation, make_run
 
+from webdancer.config import load
 from webdancer.errors import DataError
 from webdancer.evaluation.metrics import wilson_interval
 from webdancer.evaluation.results import write_evaluation
 from webdancer.telemetry.charts import Bar, Series, bar_chart, line_chart, stacked_chart, ticks
 from webdancer.telemetry.report import write_report
 from webdancer.telemetry.report_data import accuracy, gather, kinds, stage_order
+from webdancer.telemetry.telemetry import Telemetry
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> <style>*{display:none}</style> \udc80\x00"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -102,6 +104,15 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path):
     assert "0 steps of RL so far" in Page(write_report(tmp_path / "run").read_text()).text
     write_evaluation(tmp_path / "run" / "evaluations", make_evaluation("base", num_tasks=3, num_samples=0))
     assert "greedy accuracy on 3 held-out questions" in Page(write_report(tmp_path / "run").read_text()).text
+
+
+def test_money_is_said_where_any_was_spent(run_dir, tmp_path):
+    assert "for tools and judge" not in Page(write_report(run_dir).read_text()).text
+    with Telemetry.open(tmp_path, load([], ["telemetry.wandb_mode=disabled"])) as telemetry:
+        telemetry.log("rl", 1, {"tools/usd": 1.25, "judge/usd": 0.5})
+        telemetry.log("rl", 1, {"tools/usd": 1.5, "judge/usd": 0.5})  # the step, made again
+        telemetry.log("evaluation", 1, {"judge/usd": 10.0})
+    assert "$12.00for tools and judge" in Page(write_report(tmp_path).read_text()).text
 
 
 def test_rl_by_itself_is_compared_with_where_it_began(tmp_path):

@@ -41,6 +41,8 @@ class RunData:
     num_trajectories: int
     decisions: dict[str, int]
     """Recorded trajectories by what became of their group."""
+    usd: float = 0.0
+    """What tools and judge cost, as far as steps and evaluations have told."""
     undecided: tuple[str, ...] = ()
     """Stages of whose evaluation no episode has a verdict; they are in no figure."""
 
@@ -76,6 +78,7 @@ def gather(run_dir: Path) -> RunData:
         failed=chosen.failed,
         num_trajectories=chosen.count,
         decisions=chosen.decisions,
+        usd=sum(figures.get(name, 0.0) for steps in metrics.values() for figures in steps.values() for name in ("tools/usd", "judge/usd")),
     )
 
 

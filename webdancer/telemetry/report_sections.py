@@ -42,6 +42,8 @@ def headline(data: RunData) -> str:
     tiles = [_tile(_percent(accuracy(one.rows)), stage_title(one.stage)) for one in _main_stages(data.evaluations)]
     if data.num_trajectories:
         tiles.append(_tile(f"{data.num_trajectories:,}", "trajectories scored"))
+    if data.usd:
+        tiles.append(_tile(f"${data.usd:,.2f}", "for tools and judge"))
     if data.phases:
         tiles.append(_tile(duration(sum(phase.seconds for phase in data.phases)), "in all phases"))
     model = f'<p class="model">{escape(data.model)}</p>' if data.model else ""
