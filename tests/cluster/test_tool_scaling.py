@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 from tests.cluster.test_cluster_pool import worker_spec
 from tests.cluster.test_cluster_tools import ask_all, provider, search, toolbox_over
 from tests.fakes import FakeJudge
-from webdancer.cluster import services, tool_pool
+from webdancer.cluster import scaling, services, tool_pool
 from webdancer.cluster.pool import PoolState
 from webdancer.cluster.servers import ToolServer
 from webdancer.cluster.services import ActorChoice, RemoteToolbox
@@ -141,6 +141,31 @@ async def test_the_calls_of_a_leaver_end_before_it_goes(killed):
         assert leaver.num_calls == 8
         await ask_all(stale, queries[:2])
         await ask_all(copy, queries[:2])
+
+
+async def test_a_desk_that_fails_or_asks_for_nonsense_is_asked_again(monkeypatch):
+    monkeypatch.setattr(scaling, "EXCHANGE_S", 0.01)
+    scaled = asyncio.Event()
+    replies = [RuntimeError("a fault of the desk"), {"judges": ("t0", 3)}, {"rollout": ("t1", 2)}]
+
+    class Desk:
+        async def exchange(self, states, heard):
+            if not replies:
+                assert heard["rollout"] == "t1"
+                scaled.set()
+                await asyncio.sleep(1e6)
+            reply = replies.pop(0)
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
+
+    numbers = []
+    pool = SimpleNamespace(state=None, scale=numbers.append)
+    following = asyncio.create_task(scaling._follow(Actor(Desk()), {"rollout": pool}))
+    await asyncio.wait_for(scaled.wait(), 30)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    assert numbers == [2]
 
 
 async def test_an_actor_that_lives_and_does_not_answer_is_restarted(monkeypatch):

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from webdancer.cluster.calls import ActorLost, answer, kill, spawn
+from webdancer.cluster.calls import answer, kill, spawn
 from webdancer.cluster.connection import joined, own_token
 from webdancer.cluster.live_file import Live, announced
 from webdancer.cluster.pool import PoolState
-from webdancer.errors import ServiceError, StalledError
+from webdancer.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +116,12 @@ async def _follow(desk: Any, pools: Mapping[str, Scalable]) -> None:
         states = {part: pool.state for part, pool in pools.items()}
         try:
             requests = await answer(desk.exchange.remote(states, heard), stage="scaling", timeout_s=DESK_TIMEOUT_S)
-        except (ActorLost, StalledError) as error:
-            log.warning("%s", error)
-            await asyncio.sleep(EXCHANGE_S)
-            continue
-        for part, (ticket, number) in requests.items():
-            heard[part] = ticket
-            if part in pools:
+            for part, (ticket, number) in requests.items():
+                heard[part] = ticket
                 pools[part].scale(number)
+        except Exception as error:  # whatever ails the desk or what it was asked: nobody's episode has to end for it
+            log.warning("scaling: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(EXCHANGE_S)
 
 
 def scale(part: str, number: int, *, live: Live | None, address: str, timeout_s: float, say: Callable[[str], None]) -> bool:
