@@ -28,7 +28,7 @@ from webdancer.synthesis.frontier import CrawlBudget
 from webdancer.synthesis.hygiene import Hygiene
 from webdancer.synthesis.infobox_rounds import InfoboxRounds
 from webdancer.synthesis.kept_search import KeptSearch
-from webdancer.synthesis.manifest import cost, provenance
+from webdancer.synthesis.manifest import cost, lasting, provenance
 from webdancer.synthesis.model_questions import ModelQuestions
 from webdancer.synthesis.model_rounds import ModelRounds
 from webdancer.synthesis.page import CrawledPage
@@ -78,7 +78,7 @@ async def make_questions(config: Config, telemetry: Telemetry) -> dict[str, Any]
                 num_left_out += bool(outcome.reason)
                 if not outcome.reason:
                     progress.advance(left_out=num_left_out, usd=model.usage.usd if model and model.usage.usd else None)
-        usage = {"writer": asdict(model.usage)} if model else {}
+        usage = {"writer": lasting(asdict(model.usage))} if model else {}
         manifest = files.finish(provenance(config, crawled) | {"cost": cost(usage, ledger.spent)})
     write_questions_report(run_dir / "questions")
     return manifest

@@ -14,7 +14,7 @@ from webdancer.synthesis.crawl import Crawl
 
 _HOW_IT_WAS_ASKED = ("base_url", "max_concurrent", "max_attempts", "timeout_s", "budget_usd")
 """Of a model's settings: nothing of it shapes the result."""
-_COUNTED = ("answers", "prompt_tokens", "completion_tokens", "usd", "malformed")
+_LASTING = ("answers", "prompt_tokens", "completion_tokens", "usd", "malformed")
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -36,11 +36,16 @@ def provenance(config: Config, crawled: Crawl) -> dict[str, Any]:
     return {"seed": config.seed, "settings": settings, "crawl": crawl}
 
 
+def lasting(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's usage, what is the same however often the job was killed."""
+    return {name: usage[name] for name in _LASTING}
+
+
 def cost(models: Mapping[str, Mapping[str, Any]], providers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """models: usage of each chat model by its part (llm.client.Usage). providers: requests and money by who was asked (tools.ledger).
 
     Of a model it is what its answers cost over all starts of the job; of a provider what the run directory has spent on it.
     """
-    by_model = {part: {name: usage[name] for name in _COUNTED} for part, usage in sorted(models.items())}
+    by_model = {part: dict(usage) for part, usage in sorted(models.items())}
     usd = sum(spent["usd"] for spent in (*by_model.values(), *providers.values()))
     return {"usd": usd, "models": by_model, "providers": {name: dict(spent) for name, spent in sorted(providers.items())}}
