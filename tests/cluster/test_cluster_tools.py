@@ -109,7 +109,7 @@ async def test_a_page_that_moves_to_another_host_is_asked_for_by_that_hosts_owne
         here = server.origin
         other = here.replace("127.0.0.1", "localhost")
         for number in range(8):
-            handlers[f"/{number}"] = response(status=302, location=f"{other}/y")
+            handlers[f"/{number}"] = response(status=301, location=f"{other}/y")
         config = ToolsConfig(
             search=SearchConfig(url=here), fetch=FetchConfig(allowed_origins=[here, other]), visit=VisitConfig(extraction_processes=0)
         )
