@@ -44,7 +44,7 @@ def test_ids_come_from_the_text_not_the_place(tmp_path):
     [
         (b"{", "must be JSON in UTF-8"),
         (b"\xff\xfe", "must be JSON in UTF-8"),
-        ({**ROW, "question": "Who \ud83d is it?"}, "must be JSON in UTF-8, got: .*surrogates not allowed"),
+        ({**ROW, "question": "Who \ud83d is it?"}, "must be JSON in UTF-8, got: 'utf-8' codec can't encode"),
         (b"[" * 100_000, "must be JSON in UTF-8"),
         ([1], "must be a JSON object, got list"),
         ({"answer": "x"}, "question: must be a non-empty string, got None"),
