@@ -78,4 +78,5 @@ async def test_an_engine_of_the_cluster_judges():
             await summarizer.summarize("school: Bana School.", "school")
     finally:
         await server.stop()
-    assert (verdict.status, verdict.reason, verdict.judge) == ("unknown", "the reply holds no verdict", config.model)
+    assert (verdict.status, verdict.judge) == ("unknown", config.model)
+    assert verdict.reason.startswith("the reply ")  # it babbles: without a verdict, or without an end
