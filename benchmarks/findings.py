@@ -59,7 +59,7 @@ class Bench:
         row = result_row(
             read_trajectories(self._at(cell, seed, "evaluate")),
             [task.id for task in read_tasks(self.questions)],
-            about={"steps": steps, "minutes": self._minutes(cell, seed), "commit": _commit()},
+            about={"steps": steps, "rollouts": self._rollouts(cell, seed), "minutes": self._minutes(cell, seed), "commit": _commit()},
         )
         self.results = read_results(self.path) | {f"{cell.name}-{seed}": row}
         self._write()
@@ -88,6 +88,11 @@ class Bench:
         """Of all phases of its commands, whichever start of theirs they ran in."""
         phases = [phase for part in ("train", "evaluate") for phase in read_jsonl(self._at(cell, seed, part) / PHASES_FILE)]
         return round(sum(float(phase["seconds"]) for phase in phases) / 60, 1)
+
+    def _rollouts(self, cell: Cell, seed: int) -> int:
+        """Of its RL, dropped ones included."""
+        steps = read_metrics(self._at(cell, seed, "train")).get("rl", {}).values() if cell.train == "rl" else ()
+        return round(sum(step["rollout/rollouts"] for step in steps))
 
     def _at(self, cell: Cell, seed: int, part: str) -> Path:
         return self.runs / f"{cell.name}-{seed}" / part

@@ -56,6 +56,7 @@ CELLS = (
     rl("rl_only", "rollout.max_admitted_per_step=320", model_of="base"),
     rl("no_dynamic", "rollout.dynamic_sampling=false"),
     rl("no_dynamic_rollouts", "rollout.dynamic_sampling=false", rollouts_of="sft_rl"),
+    rl("curriculum", "rollout.curriculum=true", "rollout.staged_groups=true"),
     rl("rl_all_tokens", "rl.tis_cap=1", alter="all-tokens"),
     sft("sft_all_tokens", "filtered", alter="all-tokens"),
     sft("filtered_short", "filtered_short"),
