@@ -158,8 +158,8 @@ CLAIMS = (
             versus(arm("on", "sft_rl"), arm("off, same rollouts", "no_dynamic_rollouts")),
             versus(arm("on, curriculum and staged groups", "curriculum"), arm("on", "sft_rl"), "same"),
         ),
-        note="The second row is accuracy for the same number of rollouts, dropped groups included. The third is not the paper's: as many steps of "
-        "as many useful groups, for which questions are chosen and groups grown so that fewer rollouts are thrown away.",
+        note="The second row is accuracy for the same number of rollouts, dropped groups included. The third is not the paper's: as many "
+        "steps of as many useful groups, for which questions are chosen and groups grown so that fewer rollouts are thrown away.",
     ),
     Claim(
         key="masking",

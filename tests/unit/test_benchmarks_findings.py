@@ -105,7 +105,8 @@ def test_every_claim_is_made_of_cells_that_exist():
     assert {name for claim in CLAIMS for name in cells_of(claim)} == set(BY_NAME)
     assert len(BY_NAME) == len(CELLS)
     assert all(cell.model_of in (*BY_NAME, "warm", "base") and cell.alter in ("", *ALTERATIONS) for cell in CELLS)
-    load([findings.CONFIG], [setting for cell in CELLS for setting in (*cell.train_settings, *cell.evaluate_settings)])
+    for cell in CELLS:
+        load([findings.CONFIG], [*cell.train_settings, *cell.evaluate_settings])
 
 
 def test_the_page_says_what_is_not_measured(tmp_path):
@@ -134,7 +135,7 @@ def bench(tmp_path, monkeypatch):
             (run_dir / "phases.jsonl").write_text('{"phase": "evaluate", "started": 0, "seconds": 60.0, "finished": true}\n')
             return
         (run_dir / "model").mkdir()
-        groups = {"rollout/groups_kept": 16, "rollout/groups_dropped": 16}
+        groups = {"rollout/groups_kept": 16, "rollout/groups_dropped": 16, "rollout/rollouts": 256}
         steps = [json.dumps({"phase": "rl", "step": step, "time": 0, "metrics": groups}) + "\n" for step in range(1, 14)]
         (run_dir / "metrics.jsonl").write_text("".join(steps))
 
