@@ -126,7 +126,7 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
 
     async def node_of(resources):
         actors.append(spawn(CountingTools, resources))
-        return await answer(actors[-1].node.remote(), stage="place", timeout_s=60)
+        return await answer(actors[-1].node.remote(), stage="place", timeout_s=300)
 
     try:
         resources = plan_resources(config, cluster_size(), largest_node_gpus=largest_node_gpus())
@@ -148,7 +148,7 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
                 where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
                 shared.append(spawn(CountingTools, {**options, "scheduling_strategy": where}))
             actors += shared
-            gpus = await asyncio.gather(*(answer(actor.gpus.remote(), stage="place", timeout_s=60) for actor in shared))
+            gpus = await asyncio.gather(*(answer(actor.gpus.remote(), stage="place", timeout_s=300) for actor in shared))
             assert len(gpus[0]) == 1
             assert sorted(gpus[:2]) == sorted(gpus[2:]), "each engine is on the GPU of one rank"
             assert gpus[0] != gpus[1]
