@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from webdancer.cluster.connection import cluster
 from webdancer.cluster.launch import _at_once, model_path, services
 from webdancer.cluster.placement import num_local_cpus, plan_resources, rank_bundle
 from webdancer.config import ClusterConfig, Config, EngineConfig, LearnerConfig, RolloutConfig
@@ -200,6 +201,17 @@ def test_submitting_to_nobody_is_one_clear_line(tmp_path):
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert "--address: must be the dashboard of a running Ray head" in line
+
+
+def test_a_ray_that_is_not_up_in_time_is_one_clear_line(monkeypatch):
+    def too_slow(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", too_slow)
+    rule = r"cluster\.address: must be a Ray that can be started or joined, got 'auto': The current node timed out"
+    with pytest.raises(ServiceError, match=rule), cluster(ClusterConfig(address="auto"), num_cpus=1):
+        pass
 
 
 async def test_forgotten_web_is_an_error_before_anything_starts():
