@@ -75,9 +75,9 @@ PYTHON
 
 install_cpu_torch() {
     if cpu_index_answers; then
-        quiet_pip "PyTorch for CPU (about 200 MB)" install "$TORCH" --index-url "$TORCH_CPU_INDEX"
+        quiet_pip "PyTorch for CPU (about 200 MB)" install --no-compile "$TORCH" --index-url "$TORCH_CPU_INDEX"
     else
-        quiet_pip "PyTorch" install "$TORCH"
+        quiet_pip "PyTorch" install --no-compile "$TORCH"
     fi
     "$VENV/bin/python" -c 'import torch; raise SystemExit(torch.version.cuda is not None)' 2>>"$LOG" ||
         fail "the CPU build of $TORCH is needed, but pip found another one and $TORCH_CPU_INDEX does not answer; try STACK=gpu or that index"
@@ -114,7 +114,8 @@ install_all() { # interpreter, stack
     step "installing the $2 stack into $VENV (about 4 GB on disk, a few minutes)"
     make_environment "$1"
     [ "$2" = gpu ] || install_cpu_torch
-    quiet_pip "Ray, vLLM and the rest" install --editable "$ROOT[$2,dev]"
+    # Python compiles a module when it is first imported; most of 28,000 never are, and pip would take a minute for them.
+    quiet_pip "Ray, vLLM and the rest" install --no-compile --editable "$ROOT[$2,dev]"
     [ "$2" = cpu ] || install_flash_attention
     remove_mismatched
     "$VENV/bin/python" -c 'import transformers, vllm, ray, trafilatura, webdancer' >>"$LOG" 2>&1 ||

@@ -23,15 +23,27 @@ check() { # name, command ...
     summary+=("$(printf '%-20s %-7s %4d s' "$name" "$verdict" $((SECONDS - started)))")
 }
 
+types() { # of mypy, which works beside the tests
+    wait "$mypy"
+    local code=$?
+    cat "$mypy_log"
+    return "$code"
+}
+
+mypy_log="$(mktemp)"
+trap 'kill "$mypy" 2>/dev/null; rm -f "$mypy_log"' EXIT
+"$VENV/bin/python" -m mypy >"$mypy_log" 2>&1 &
+mypy=$!
 check ruff "$VENV/bin/python" -m ruff check .
-check mypy "$VENV/bin/python" -m mypy
 for suite in "${suites[@]}"; do
     if compgen -G "tests/$suite/test_*.py" >/dev/null; then
         spread=()
-        [ "$suite" = unit ] && spread=(-n 2) # the other suites start processes of their own, and wait for them
+        [ "$suite" = unit ] && spread=(-n 2)
+        [ "$suite" = e2e ] && spread=(-n 2 --dist loadfile) # a file's tests go on from each other
         check "tests/$suite" "$VENV/bin/python" -m pytest -q --timeout=900 "${spread[@]}" "tests/$suite" "$@"
     fi
 done
+check mypy types
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"
