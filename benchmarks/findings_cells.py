@@ -6,6 +6,7 @@ A cell trains (or not) from the seed's warm start and is evaluated on the 300 qu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 NUM_QUESTIONS = 300
 NUM_SAMPLES = 3
@@ -13,6 +14,8 @@ RL_STEPS = 13
 POOL = 2400
 SHORT = 200
 """Demonstrations in the rows about short data; the quickstart has 900."""
+SHORT_EPOCHS = ("sft.epochs=9",)
+"""As many steps of SFT as 900 demonstrations get in 2 epochs; in 2 epochs of 200 the model learns no format, whatever they are."""
 VERBOSE_TURN = "episode.max_turn_tokens=256"
 
 
@@ -41,8 +44,8 @@ def rl(name: str, *settings: str, **others: str) -> Cell:
     return Cell(name=name, train="rl", train_settings=settings, **others)  # type: ignore[arg-type]  # all fields given so are strings
 
 
-def sft(name: str, demonstrations: str, **others: str) -> Cell:
-    return Cell(name=name, train="sft", model_of="base", demonstrations=demonstrations, **others)  # type: ignore[arg-type]
+def sft(name: str, demonstrations: str, **others: Any) -> Cell:
+    return Cell(name=name, train="sft", model_of="base", demonstrations=demonstrations, **others)
 
 
 def at_temperature(temperature: float) -> Cell:
@@ -59,14 +62,15 @@ CELLS = (
     rl("curriculum", "rollout.curriculum=true", "rollout.staged_groups=true"),
     rl("rl_all_tokens", "rl.tis_cap=1", alter="all-tokens"),
     sft("sft_all_tokens", "filtered", alter="all-tokens"),
-    sft("filtered_short", "filtered_short"),
-    sft("unfiltered_short", "unfiltered_short"),
+    sft("filtered_short", "filtered_short", train_settings=SHORT_EPOCHS),
+    sft("unfiltered_short", "unfiltered_short", train_settings=SHORT_EPOCHS),
     sft("unfiltered", "unfiltered"),
     at_temperature(0.3),
     at_temperature(0.6),
     rl("stale_1", "rollout.max_staleness=1"),
     rl("stale_4", "rollout.max_staleness=4"),
     rl("stale_1_uncorrected", "rollout.max_staleness=1", "rl.tis_cap=1", alter="no-correction"),
+    rl("stale_4_clipped", "rollout.max_staleness=4", "rl.proximal=rollout"),
     rl("stale_4_uncorrected", "rollout.max_staleness=4", "rl.tis_cap=1", alter="no-correction"),
     *(Cell(name=f"web_{draw}", model_of="sft_rl", web_seed=draw, evaluate_settings=("evaluation.num_samples=1",)) for draw in (1, 2, 3)),
     rl("rl_crawlqa", pool="crawlqa"),

@@ -196,8 +196,10 @@ CLAIMS = (
             versus(arm("staleness 4", "stale_4"), SYNC, "same"),
             versus(arm("staleness 1", "stale_1"), arm("1, uncorrected", "stale_1_uncorrected"), "same"),
             versus(arm("staleness 4", "stale_4"), arm("4, uncorrected", "stale_4_uncorrected")),
+            versus(arm("staleness 4, clipped", "stale_4_clipped"), SYNC, "same"),
         ),
-        note="Uncorrected: the truncated importance weight is 1 everywhere; pi_old is the learner's own in all of them.",
+        note="Uncorrected: the truncated importance weight is 1 everywhere. Clipped: pi_old is the rollouts' policy "
+        "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; in all others it is the learner's own.",
     ),
     Claim(
         key="longer",
