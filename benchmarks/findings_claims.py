@@ -199,7 +199,8 @@ CLAIMS = (
             versus(arm("staleness 4, clipped", "stale_4_clipped"), SYNC, "same"),
         ),
         note="Uncorrected: the truncated importance weight is 1 everywhere. Clipped: pi_old is the rollouts' policy "
-        "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; in all others it is the learner's own.",
+        "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; "
+        "in all others it is the learner's own.",
     ),
     Claim(
         key="longer",
