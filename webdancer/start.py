@@ -6,7 +6,7 @@ returns what to say at the end. `check` comes first, before a run directory is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from webdancer.runs.quickstart import OpenServices
 from webdancer.runs.rl import train
 from webdancer.runs.sft import warm_start
 from webdancer.runs.synthesize import have_pools, read_pools
+from webdancer.synthesis.similar import words
 from webdancer.telemetry import Telemetry
 from webdancer.types import Sampling, Task
 
@@ -95,6 +96,8 @@ async def rl(config: Config, telemetry: Telemetry, open_services: OpenServices) 
             resume = cursor if cursor and cursor["phase"] == "rl" else None
             if not heldout:
                 telemetry.say("  note: no held-out questions (evaluation.data), so that nothing is evaluated")
+            if seen := _num_seen(heldout, tasks):
+                telemetry.say(f"  note: {seen} of {len(heldout)} held-out questions are trained on as well: they say nothing of new ones")
             if heldout and resume is None:
                 await whole.evaluate_once(webbed, files, heldout, live, telemetry, stage="rl-0")
             with telemetry.phase("RL"):
@@ -184,6 +187,12 @@ def _say_what_differs(config: Config, num_tasks: int, telemetry: Telemetry) -> N
         notes.append(f"{name} is judged by exact matching, where papers ask a model: choose judge.backend")
     for note in filter(None, notes):
         telemetry.say(f"  note: {note}")
+
+
+def _num_seen(heldout: Sequence[Task], trained: Sequence[Task]) -> int:
+    """Held-out questions that are in the training set, whatever case and punctuation."""
+    known = {tuple(words(task.question)) for task in trained}
+    return sum(tuple(words(task.question)) in known for task in heldout)
 
 
 def _evaluation_tasks(config: Config) -> tuple[Task, ...]:

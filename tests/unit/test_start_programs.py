@@ -55,9 +55,10 @@ def test_a_warm_start_that_is_done_is_not_done_again(config, tmp_path):
 
 @pytest.mark.parametrize("num_heldout", [2, 0])
 def test_rl_asks_the_held_out_questions_before_and_after(tmp_path, capsys, num_heldout):
-    tasks = [make_task(index) for index in range(4)]
-    write_tasks(tmp_path / "rl.jsonl", tasks)
-    write_tasks(tmp_path / "heldout.jsonl", tasks[:num_heldout])
+    tasks = [make_task(index) for index in range(5)]
+    write_tasks(tmp_path / "rl.jsonl", tasks[1:])
+    again = dataclasses.replace(tasks[1], id="again", question=f"{tasks[1].question.upper()} ?")
+    write_tasks(tmp_path / "heldout.jsonl", [tasks[0], again][:num_heldout])
     settings = ["rl.num_steps=2", f"rl.evaluate_every={0 if num_heldout else 1}", "tools.search.url=http://127.0.0.1:9", "tools.visit.site=http://127.0.0.1:9"]
     files = [f"rl.data={tmp_path}/rl.jsonl"] + [f"evaluation.data={tmp_path}/heldout.jsonl"] * bool(num_heldout)
     learner = FakeLearner([])
@@ -72,7 +73,9 @@ def test_rl_asks_the_held_out_questions_before_and_after(tmp_path, capsys, num_h
     found = {path.stem: read_evaluation(path) for path in (tmp_path / "run" / "evaluations").glob("*.json")}
     assert {stage: len(one.rows) for stage, one in found.items()} == ({"rl-0": 2, "rl-2": 2} if num_heldout else {})
     assert all(one.version == (learner.version if stage == "rl-2" else 0) for stage, one in found.items())
-    assert ("no held-out questions" in capsys.readouterr().out) == (num_heldout == 0)
+    shown = capsys.readouterr().out
+    assert ("no held-out questions" in shown) == (num_heldout == 0)
+    assert ("note: 1 of 2 held-out questions are trained on as well" in shown) == (num_heldout == 2)
 
 
 def test_a_run_that_went_on_to_rl_has_no_warm_start_to_resume(config, tmp_path):
