@@ -129,12 +129,15 @@ same; on one seed, a small one may still be the luck of a training run.
 
 
 def _summary(results: Results) -> str:
-    lines = ["| | claim of the paper | difference | here |", "|---|---|---|---|"]
+    """A claim's first row, and how many of all its measured rows are as in the paper."""
+    lines = ["| | claim of the paper | difference | here | all rows |", "|---|---|---|---|---|"]
     for number, claim in enumerate(CLAIMS, start=1):
         first = claim.comparisons[0]
         found = difference(results, first)
         shown = "" if found is None else f"{_signed(found.difference, first.first.unit)} {first.first.unit}"
-        lines.append(f"| {number} | {claim.text} | {shown} | {verdict(first, found)} |")
+        said = [verdict(one, there) for one in claim.comparisons if (there := difference(results, one)) is not None]
+        alike = sum("as in the paper" in one and "not as in the paper" not in one for one in said)
+        lines.append(f"| {number} | {claim.text} | {shown} | {verdict(first, found)} | {alike} of {len(said)} as in the paper |")
     return "\n".join(lines)
 
 
