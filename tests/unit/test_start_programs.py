@@ -59,7 +59,12 @@ def test_rl_asks_the_held_out_questions_before_and_after(tmp_path, capsys, num_h
     write_tasks(tmp_path / "rl.jsonl", tasks[1:])
     again = dataclasses.replace(tasks[1], id="again", question=f"{tasks[1].question.upper()} ?")
     write_tasks(tmp_path / "heldout.jsonl", [tasks[0], again][:num_heldout])
-    settings = ["rl.num_steps=2", f"rl.evaluate_every={0 if num_heldout else 1}", "tools.search.url=http://127.0.0.1:9", "tools.visit.site=http://127.0.0.1:9"]
+    settings = [
+        "rl.num_steps=2",
+        f"rl.evaluate_every={0 if num_heldout else 1}",
+        "tools.search.url=http://127.0.0.1:9",
+        "tools.visit.site=http://127.0.0.1:9",
+    ]
     files = [f"rl.data={tmp_path}/rl.jsonl"] + [f"evaluation.data={tmp_path}/heldout.jsonl"] * bool(num_heldout)
     learner = FakeLearner([])
 

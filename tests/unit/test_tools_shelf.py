@@ -155,7 +155,9 @@ async def test_what_is_on_this_machine_is_asked_again_by_the_next_run(tmp_path):
         assert db.execute("SELECT count(*) FROM kept").fetchone() == (0,)
 
 
-@pytest.mark.parametrize("url", ["http://localhost:1/", "http://127.0.0.9/x", "http://[::1]:80/", "http://10.0.0.5:8000", "http://a.corp./x"])
+@pytest.mark.parametrize(
+    "url", ["http://localhost:1/", "http://127.0.0.9/x", "http://[::1]:80/", "http://10.0.0.5:8000", "http://a.corp./x"]
+)
 def test_local(url):
     assert is_local(url)
 

@@ -97,8 +97,10 @@ class Hygiene:
             self._shortest.add(" ".join(found))
 
     def _overlaps(self, question: str) -> bool:
-        return " ".join(words(question)) in self._shortest or not self._runs.isdisjoint(runs(question, _OVERLAP_WORDS)) or any(
-            not known.isdisjoint(runs(question, length)) for length, known in self._short.items()
+        return (
+            " ".join(words(question)) in self._shortest
+            or not self._runs.isdisjoint(runs(question, _OVERLAP_WORDS))
+            or any(not known.isdisjoint(runs(question, length)) for length, known in self._short.items())
         )
 
 

@@ -69,9 +69,7 @@ def open_tools(
     to_pages = manners.web if config.visit.backend == "direct" else manners.to(page_server)
     reader = open_reader(config.visit, config.fetch, to_pages, extraction=extraction)
     to_summarizer = manners.to(Provider(name="summarizer"))
-    summarizer = open_summarizer(
-        config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction, engine=engine
-    )
+    summarizer = open_summarizer(config.visit, to_summarizer, cache_entries=config.cache_entries, extraction=extraction, engine=engine)
     return {
         "search": SearchTool(backend, config.search, memory, tries=shard == 0 or not searcher.leased),
         "visit": VisitTool(reader, summarizer, config.visit, memory, config.fetch),
