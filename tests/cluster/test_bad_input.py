@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 SMALL = [
-    *("web.num_entities=1500", "synthesis.num_sft=300", "synthesis.num_rl=30", "synthesis.num_heldout=10", "synthesis.num_dev=4"),
+    *("web.num_entities=600", "synthesis.num_sft=150", "synthesis.num_rl=20", "synthesis.num_heldout=6", "synthesis.num_dev=2"),
     *("synthesis.num_count=0", "synthesis.hop_shares=[0.7,0.3,0.0]", "telemetry.wandb_mode=disabled"),
 ]
 
@@ -35,7 +35,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def serve_web(run_dir: Path, port: int) -> subprocess.Popen[str]:
-    server = start([*command("web", run_dir)[:3], "web", "serve", f"web.port={port}", "web.num_entities=1500"])
+    server = start([*command("web", run_dir)[:3], "web", "serve", f"web.port={port}", "web.num_entities=600"])
     ends = time.monotonic() + 90
     while time.monotonic() < ends:
         try:
@@ -103,7 +103,7 @@ def test_a_page_server_that_goes_away_ends_the_run_which_then_goes_on(tmp_path):
         ),
     ],
 )
-def test_what_only_the_actors_cannot_reach_is_found_when_they_start(overrides, line):
+def test_what_only_the_actors_cannot_reach_is_found_when_they_start(ray_cluster, overrides, line):
     script = """
 import asyncio, sys
 from webdancer.cluster.launch import services
@@ -121,6 +121,7 @@ with running_server(num_entities=600) as origin:
     except ServiceError as error:
         print(getattr(error, "cause", error))
 """
-    arguments = [sys.executable, "-c", script, *overrides]
-    done = subprocess.run(arguments, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    arguments = [sys.executable, "-c", script, f"cluster.address={ray_cluster[0].address}", *overrides]
+    environment = ENVIRONMENT | {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert line in done.stdout, done.stderr[-2000:]

@@ -88,7 +88,7 @@ def _read(path: Path) -> bytes:
 
 @contextmanager
 def providers():
-    with running_server(num_entities=1500) as web, Providers(web) as server:
+    with running_server(num_entities=600) as web, Providers(web) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server

@@ -270,10 +270,11 @@ def test_chat_answers(run, runs, exported):
 
 
 def test_one_version_behind(run, runs, exported):
-    """`webdancer rl` by itself, with rollout and learning overlapped."""
+    """`webdancer rl` by itself, with rollout and learning overlapped, and a learner of two ranks."""
     behind = runs(exported.parent / "behind")
     data = run.directory / "questions" / "rl_pool.jsonl"
-    rl = behind.start("rl", f"model.path={exported}", f"rl.data={data}", "rollout.max_staleness=1", "rl.num_steps=3")
+    settings = [f"model.path={exported}", f"rl.data={data}", "rl.num_steps=3", "rollout.max_staleness=1", "learner.num_ranks=2"]
+    rl = behind.start("rl", *settings)
     assert rl.wait(START_S + 120) == 0, rl.output[-3000:]
     assert not rl.noise()
     steps = behind.metrics("rl")
