@@ -1,6 +1,6 @@
 """The paper's findings in miniature: real runs of the real commands on the offline encyclopedia with the tiny model.
 
-    python -m benchmarks.findings                                   everything: days on 4 cores; stop it at will, it goes on where it was
+    python -m benchmarks.findings                                   everything: half a day on 4 cores; stop it at will, it goes on where it was
     python -m benchmarks.findings --claims sft rl --seeds 0          some claims, some seeds
     python -m benchmarks.findings --render                           only docs/findings.md and its plots, of what was measured
 
@@ -119,6 +119,9 @@ class Bench:
             settings += [f"rl.data={self._pool(cell, seed, warm)}", f"rl.num_steps={steps}"]  # evaluated by a command of its own
         if not (directory / "model").exists():
             self._command([cell.train], directory, seed, settings, alter=cell.alter, may_stop=cell.train == "rl")
+            if not (directory / "model").exists() and any((directory / "checkpoints").glob("step_*")):
+                # RL that came to where no group is mixed any more: what it made of the policy until then is the result.
+                self._command(["export", "--to", str(directory / "model")], directory, seed, settings)
         done = max(read_metrics(directory).get("rl", {}), default=0)
         return self._model(cell.name, seed), done
 

@@ -193,6 +193,23 @@ def test_alterations_and_models_reach_the_commands(bench):
     assert bench._model("rl_only", 0) == "builtin:tiny"  # it never came to a model of its own
 
 
+def test_rl_that_stops_in_the_middle_is_evaluated_as_far_as_it_came(bench, monkeypatch):
+    command = bench._command
+
+    def stops(program, run_dir, seed, settings, **options):
+        command(program, run_dir, seed, settings, **options)
+        if program[0] == "rl":
+            (run_dir / "model").rmdir()
+            (run_dir / "checkpoints" / "step_000011").mkdir(parents=True)
+        elif program[0] == "export":
+            assert program[1:] == ["--to", str(run_dir / "model")]
+
+    monkeypatch.setattr(bench, "_command", stops)
+    bench.run(BY_NAME["sft_rl"], 0)
+    assert [program for program, _, _, _ in bench.commands] == ["quickstart", "rl", "export", "evaluate"]
+    assert bench._model("sft_rl", 0).endswith("sft_rl-0/train/model")
+
+
 def sample():
     mask = np.array([False, False, True, True, False, True])
     logprobs = np.where(mask, -0.5, 0.0).astype(np.float32)
