@@ -1,6 +1,6 @@
 """The paper's findings in miniature: real runs of the real commands on the offline encyclopedia with the tiny model.
 
-    python -m benchmarks.findings                                   everything: half a day on 4 cores; stop it at will, it goes on where it was
+    python -m benchmarks.findings                                   everything: half a day on 4 cores; stopped, it goes on where it was
     python -m benchmarks.findings --claims sft rl --seeds 0          some claims, some seeds
     python -m benchmarks.findings --render                           only docs/findings.md and its plots, of what was measured
 
