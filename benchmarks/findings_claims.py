@@ -203,11 +203,11 @@ CLAIMS = (
         note="Uncorrected: the truncated importance weight is 1 everywhere. Clipped: pi_old is the rollouts' policy "
         "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; "
         "in all others it is the learner's own.",
-        seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three runs hold for some steps, then "
-        "fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens are weighted, "
-        "and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. The first batch of an "
-        "asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to 4.0 in a "
-        "synchronous run, and the second has what is left, 4.7 to 4.9.",
+        seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three runs hold for some steps and "
+        "then fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens are "
+        "weighted, and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. The first "
+        "batch of an asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to "
+        "4.0 in a synchronous run, and the second has what is left, 4.7 to 4.9.",
     ),
     Claim(
         key="longer",
@@ -269,8 +269,8 @@ CLAIMS = (
         ),
         note="RL on 2,400 questions each, from the same warm start. Its demonstrations are CRAWLQA, and so are the 300 questions. "
         "E2HQA (webdancer synthesize e2hqa, without a chat model) describes entities that the agent must find by what is said of them.",
-        seen="Seed 2: of E2HQA's questions the warm start solves 6 %, so that 13 steps take 11,912 rollouts where CRAWLQA's take 2,248; the "
-        "policy comes to 15 % of them, and gets no better at CRAWLQA's.",
+        seen="Seed 2: of E2HQA's questions the warm start solves 6 %, so that 13 steps take 11,912 rollouts where CRAWLQA's take 2,248; "
+        "the policy comes to 15 % of them, and gets no better at CRAWLQA's.",
     ),
 )
 
