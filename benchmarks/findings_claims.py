@@ -203,7 +203,7 @@ CLAIMS = (
         note="Uncorrected: the truncated importance weight is 1 everywhere. Clipped: pi_old is the rollouts' policy "
         "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; "
         "in all others it is the learner's own.",
-        seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three runs hold for some steps and "
+        seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three hold for some steps and "
         "then fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens are "
         "weighted, and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. The first "
         "batch of an asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to "
