@@ -204,11 +204,11 @@ CLAIMS = (
         "(rl.proximal=rollout), so that DAPO's clipping bounds how far a token goes from the policy that wrote it; "
         "in all others it is the learner's own.",
         seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three hold for some steps and "
-        "then fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens are "
-        "weighted, and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. DAPO's clip "
-        "around the rollouts' policy holds: on seed 1, staleness 4 then keeps 60 % of what RL gains. The first batch of an asynchronous run "
-        "holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to 4.0 in a synchronous run, and "
-        "the second has what is left, 4.7 to 4.9.",
+        "then fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens "
+        "are weighted, and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. "
+        "DAPO's clip around the rollouts' policy holds: on seed 1, staleness 4 then keeps 60 % of what RL gains. The first batch of "
+        "an asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to "
+        "4.0 in a synchronous run, and the second has what is left, 4.7 to 4.9.",
     ),
     Claim(
         key="longer",
@@ -261,7 +261,8 @@ CLAIMS = (
         ),
         note="Verbose thoughts restate the question and all notes before what is new; a turn of theirs may have 256 tokens, not 96.",
         seen="Verbose episodes have twice the tokens (280 to 299 against 136 to 142), and what they cost is not the format: 3 % of the "
-        "samples end without an answer where terse ones leave 16 %. They cost the answer: greedy accuracy is .55 to .61 against .87 to .91.",
+        "samples end without an answer where terse ones leave 16 %. They cost the answer: greedy accuracy is .55 to .61 against .87 "
+        "to .91.",
     ),
     Claim(
         key="both_sets",
