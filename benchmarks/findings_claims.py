@@ -206,9 +206,9 @@ CLAIMS = (
         seen="A staleness of 4 is a third of a run of 13 steps, each of which moves this policy far. All three hold for some steps and "
         "then fall: the mean distance |log p rollout - log p learner| of a batch grows from .01 to .1, 1.1 and 1.6 although tokens "
         "are weighted, and at the end 75 to 96 % of the samples have no answer. Without the weights, staleness 1 goes the same way. "
-        "DAPO's clip around the rollouts' policy holds: on seed 1, staleness 4 then keeps 60 % of what RL gains. The first batch of "
-        "an asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness 1 against 3.3 to "
-        "4.0 in a synchronous run, and the second has what is left, 4.7 to 4.9.",
+        "DAPO's clip around the rollouts' policy keeps staleness 4 from falling, and 15 and 60 % of what RL gains (seeds 0 and 1). "
+        "The first batch of an asynchronous run holds what finishes first, which is short: 2.4 to 3.0 calls an episode at staleness "
+        "1 against 3.3 to 4.0 in a synchronous run, and the second has what is left, 4.7 to 4.9.",
     ),
     Claim(
         key="longer",
