@@ -168,8 +168,7 @@ CLAIMS = (
             versus(arm("masked (RL)", "sft_rl"), arm("all tokens (RL)", "rl_all_tokens")),
             versus(arm("masked (SFT)", "sft"), arm("all tokens (SFT)", "sft_all_tokens")),
         ),
-        seen="With a loss on all tokens, 44 to 48 % of the samples after SFT end without an answer (masked: 13 to 17 %): "
-        "the model spends itself on pages that it never has to write.",
+        seen="With a loss on all tokens, 44 to 48 % of the samples after SFT end without an answer (masked: 13 to 17 %).",
     ),
     Claim(
         key="filtered",

@@ -26,6 +26,8 @@ NUM_SEEDS = 3
 POWER = 1.96 + 0.84
 """Standard errors that are found with 80 % power at 5 %, two-sided."""
 IMAGES = "images/findings"
+AS_IN_THE_PAPER = ("as in the paper", "no resolved difference, as in the paper")
+"""The verdicts on a difference that the paper has, and on one that it has not."""
 Results = Mapping[str, Result]
 
 
@@ -78,11 +80,11 @@ def verdict(comparison: Comparison, found: Difference | None) -> str:
     agree = all(one > 0 for one in found.by_seed) or all(one < 0 for one in found.by_seed)
     resolved = agree and (low > 0 or high < 0)
     if comparison.expected == "same":
-        said = "differs, not as in the paper" if resolved else "no resolved difference, as in the paper"
+        said = "differs, not as in the paper" if resolved else AS_IN_THE_PAPER[1]
     elif not resolved:
         said = "no resolved difference"
     else:
-        said = "as in the paper" if low > 0 else "the opposite of the paper"
+        said = AS_IN_THE_PAPER[0] if low > 0 else "the opposite of the paper"
     num_seeds = len(found.by_seed)
     return said if num_seeds >= NUM_SEEDS else f"{said} (on {num_seeds} seed{'s' if num_seeds > 1 else ''})"
 
@@ -136,7 +138,7 @@ def _summary(results: Results) -> str:
         found = difference(results, first)
         shown = "" if found is None else f"{_signed(found.difference, first.first.unit)} {first.first.unit}"
         said = [verdict(one, there) for one in claim.comparisons if (there := difference(results, one)) is not None]
-        alike = sum("as in the paper" in one and "not as in the paper" not in one for one in said)
+        alike = sum(one.startswith(AS_IN_THE_PAPER) for one in said)
         lines.append(f"| {number} | {claim.text} | {shown} | {verdict(first, found)} | {alike} of {len(said)} as in the paper |")
     return "\n".join(lines)
 

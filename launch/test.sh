@@ -31,9 +31,9 @@ types() { # of mypy, which works beside the tests
 }
 
 mypy_log="$(mktemp)"
-trap 'kill "$mypy" 2>/dev/null; rm -f "$mypy_log"' EXIT
 "$VENV/bin/python" -m mypy >"$mypy_log" 2>&1 &
 mypy=$!
+trap 'kill "$mypy" 2>/dev/null; rm -f "$mypy_log"' EXIT
 check ruff "$VENV/bin/python" -m ruff check .
 for suite in "${suites[@]}"; do
     if compgen -G "tests/$suite/test_*.py" >/dev/null; then

@@ -1,8 +1,8 @@
 """Who answers the questions of `webdancer sample`, and who checks the right answers: behind the same EpisodeRunner as RL's rollouts.
 
-scripted    the offline web's expert, a policy in this process
-openai      a chat model behind any OpenAI-compatible endpoint, as a policy in this process
-engine      model.path on the rollout workers of the cluster
+    scripted    the offline web's expert, a policy in this process
+    openai      a chat model behind any OpenAI-compatible endpoint, as a policy in this process
+    engine      model.path on the rollout workers of the cluster
 """
 
 from __future__ import annotations
