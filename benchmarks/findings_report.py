@@ -86,7 +86,11 @@ def verdict(comparison: Comparison, found: Difference | None) -> str:
     else:
         said = AS_IN_THE_PAPER[0] if low > 0 else "the opposite of the paper"
     num_seeds = len(found.by_seed)
-    return said if num_seeds >= NUM_SEEDS else f"{said} (on {num_seeds} seed{'s' if num_seeds > 1 else ''})"
+    return said if num_seeds >= NUM_SEEDS else f"{said} (on {_seeds(num_seeds)})"
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' if number > 1 else ''}"
 
 
 def write_report(results: Results, docs: Path) -> Path:
@@ -200,19 +204,25 @@ def _signed(value: Estimate, unit: str) -> str:
 
 
 def _plot(measured: Sequence[tuple[Comparison, Difference]]) -> str:
-    """Each arm as a dot with its 95 % interval; arms of one figure share a scale, and an arm stands once. SVG without script or font."""
+    """Each arm as a dot with its 95 % interval; arms of one figure share a scale, and an arm stands once, as in the comparison with
+    most seeds of it. SVG without script or font."""
     if not measured:
         return ""
-    scales: dict[str, dict[str, Estimate]] = {}
+    scales: dict[str, dict[str, tuple[Estimate, int]]] = {}
     for one, found in measured:
-        scales.setdefault(one.first.unit, {}).update({one.first.label: found.first, one.second.label: found.second})
+        arms, num_seeds = scales.setdefault(one.first.unit, {}), len(found.by_seed)
+        for label, value in ((one.first.label, found.first), (one.second.label, found.second)):
+            if label not in arms or arms[label][1] < num_seeds:
+                arms[label] = (value, num_seeds)
     rows, y = [], 8
     for unit, arms in scales.items():
-        limit = 1.0 if max(value.high for value in arms.values()) <= 1 else 1.1 * max(value.high for value in arms.values())
+        highest = max(value.high for value, _ in arms.values())
+        limit = 1.0 if highest <= 1 else 1.1 * highest
         rows.append(f'<text x="4" y="{y + 12}" class="unit">{escape(unit)}, 0 to {limit:.3g}</text>')
         y += 20
-        for label, value in arms.items():
-            rows.append(_plot_row(label, value, unit, y=y, limit=limit))
+        for label, (value, num_seeds) in arms.items():
+            few = "" if num_seeds >= NUM_SEEDS else f" ({_seeds(num_seeds)})"
+            rows.append(_plot_row(label, value, f"{_number(value.mean, unit)}{few}", y=y, limit=limit))
             y += 24
         y += 8
     style = "text{font:12px system-ui,sans-serif;fill:#667085}.unit{font-weight:600}.track{stroke:#98a2b3;stroke-opacity:.35}"
@@ -221,11 +231,11 @@ def _plot(measured: Sequence[tuple[Comparison, Difference]]) -> str:
     return f"{head}{''.join(rows)}</svg>\n"
 
 
-def _plot_row(label: str, value: Estimate, unit: str, *, y: int, limit: float) -> str:
+def _plot_row(label: str, value: Estimate, shown: str, *, y: int, limit: float) -> str:
     left, room = 190, 340
     x, low, high = (left + room * max(0.0, number) / limit for number in (value.mean, value.low, value.high))
     return (
         f'<text x="{left - 10}" y="{y + 12}" text-anchor="end">{escape(label)}</text>'
         f'<path class="track" d="M{left} {y + 8}H{left + room}"/><path class="interval" d="M{low:.1f} {y + 8}H{high:.1f}"/>'
-        f'<circle cx="{x:.1f}" cy="{y + 8}" r="4"/><text x="{left + room + 12}" y="{y + 12}">{_number(value.mean, unit)}</text>'
+        f'<circle cx="{x:.1f}" cy="{y + 8}" r="4"/><text x="{left + room + 12}" y="{y + 12}">{shown}</text>'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 
 import httpx
@@ -118,6 +119,15 @@ def test_the_page_says_what_is_not_measured(tmp_path):
     plot = (tmp_path / "images" / "findings" / "rl.svg").read_text()
     assert plot.startswith("<svg ")
     assert "script" not in plot
+
+
+def test_a_plot_shows_an_arm_with_all_its_seeds_and_says_where_they_are_few(tmp_path):
+    """`both` is compared with CRAWLQA on three seeds and with E2HQA on one, of another value."""
+    alone = {f"rl_crawlqa-{seed}": result([(0, 0, 1)] * 20) for seed in range(3)} | {"rl_e2hqa-2": result([(0, 0, 0)] * 20)}
+    both = {f"rl_both_sets-{seed}": result([(1, 1, 1) if seed == 2 else (0, 0, 0)] * 20) for seed in range(3)}
+    write_report(alone | both, tmp_path)
+    plot = (tmp_path / "images" / "findings" / "both_sets.svg").read_text()
+    assert re.findall(r">([^<>]+)</text>", plot)[1:] == ["both", "0.333", "CRAWLQA alone", "0.333", "E2HQA alone", "0.000 (1 seed)"]
 
 
 @pytest.fixture
