@@ -143,17 +143,14 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
         resources = plan_resources(in_turn, cluster_size(), largest_node_gpus=largest_node_gpus())
         with ExitStack() as stack:
             group = _learner_group(stack, in_turn, resources)
-            shared = []
+            gpus = []
             for options, bundle in [(resources.worker, -1), (resources.worker, -1), (resources.rank, 0), (resources.rank, 1)]:
                 where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
-                shared.append(spawn(CountingTools, {**options, "scheduling_strategy": where}))
-            actors += shared
-            gpus = await asyncio.gather(*(answer(actor.gpus.remote(), stage="place", timeout_s=300) for actor in shared))
+                actors.append(spawn(CountingTools, {**options, "scheduling_strategy": where}))
+                gpus.append(await answer(actors[-1].gpus.remote(), stage="place", timeout_s=60))  # engines first: as a program starts
             assert len(gpus[0]) == 1
             assert sorted(gpus[:2]) == sorted(gpus[2:]), "each engine is on the GPU of one rank"
             assert gpus[0] != gpus[1]
-            for actor in shared:
-                kill(actor)
         too_wide = replace(config, engine=EngineConfig(tensor_parallel_size=3))
         with pytest.raises(ServiceError, match=r"engine\.tensor_parallel_size: must fit on a node, got 3 where nodes have 2 GPUs at most"):
             plan_resources(too_wide, cluster_size(), largest_node_gpus=largest_node_gpus())

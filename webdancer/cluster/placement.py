@@ -17,7 +17,9 @@ from webdancer.errors import ServiceError
 SPARE_WORKERS = 16
 """Rollout workers that a Ray of our own has logical CPUs for besides those of the start (`webdancer scale`)."""
 ENGINE_SHARE, RANK_SHARE = 0.6, 0.4
-"""Of a GPU that an engine and a learner rank share: no two engines fit on one."""
+"""Of a GPU that an engine and a learner rank share: no two engines fit on one. Their CPUs are the bundle's and neither asks for them: Ray
+looks for an actor's CPUs and for its GPU in any bundle, each by itself, and an engine that took the CPUs of another bundle than its GPU's
+would leave the rank there without."""
 SERVER_CPUS = 0.1
 """Logical CPUs of a tool or judge actor: they wait for others nearly all of the time."""
 
@@ -62,7 +64,8 @@ def plan_resources(config: Config, available: Mapping[str, float], *, largest_no
         needed = ranks + judges * judge_engine.tensor_parallel_size
         if needed > gpus:
             raise ServiceError(f"cluster: learner.num_ranks (and engines of judges) need {needed} GPUs, got {gpus:g}")
-        worker["num_gpus"], rank["num_gpus"] = ENGINE_SHARE, RANK_SHARE
+        worker = {"num_cpus": 0.0, "num_gpus": ENGINE_SHARE}
+        rank = {"num_cpus": 0.0, "num_gpus": RANK_SHARE}
         judge |= {"num_gpus": float(judge_engine.tensor_parallel_size)} if judges else {}
     elif gpus:
         needed = workers * engine.tensor_parallel_size + ranks + judges * judge_engine.tensor_parallel_size
@@ -81,7 +84,7 @@ def plan_resources(config: Config, available: Mapping[str, float], *, largest_no
         worker["num_gpus"] = engine.tensor_parallel_size * share
         rank["num_gpus"] = share
         judge |= {"num_gpus": judge_engine.tensor_parallel_size * share} if judges else {}
-    cpus = workers * worker["num_cpus"] + ranks * rank["num_cpus"] + SERVER_CPUS * config.tools.num_servers
+    cpus = workers * engine.threads + ranks * config.learner.threads + SERVER_CPUS * config.tools.num_servers
     cpus += config.judge.num_servers * judge["num_cpus"]
     if cpus > available.get("CPU", 0.0) + 1e-6:
         raise ServiceError(f"cluster: the actors of this run need {cpus:g} CPUs, got {available.get('CPU', 0.0):g}")
@@ -101,10 +104,10 @@ def shares_gpus(config: Config) -> bool:
 
 def rank_bundle(config: Config, resources: Resources) -> dict[str, float]:
     """What a learner rank needs where it is, and with it the engine that shares its GPU."""
-    together = [resources.rank, resources.worker] if shares_gpus(config) and "num_gpus" in resources.rank else [resources.rank]
-    bundle = {"CPU": sum(float(options["num_cpus"]) for options in together)}
-    gpus = round(sum(float(options.get("num_gpus", 0.0)) for options in together), 4)
-    return bundle | ({"GPU": gpus} if gpus else {})
+    if shares_gpus(config) and "num_gpus" in resources.rank:
+        return {"CPU": float(config.learner.threads + config.engine.threads), "GPU": 1.0}
+    gpus = resources.rank.get("num_gpus", 0.0)
+    return {"CPU": float(config.learner.threads)} | ({"GPU": gpus} if gpus else {})
 
 
 def _at(nodes: str) -> dict[str, Any]:
