@@ -7,10 +7,11 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -86,7 +87,13 @@ def chromium_page(*arguments):
         command = [find_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += ["--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={profile}", *arguments, "about:blank"]
         process = subprocess.Popen(
-            command, preexec_fn=wire, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            preexec_fn=wire,
+            close_fds=False,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(theirs_read)
         os.close(theirs_write)
@@ -99,5 +106,15 @@ def chromium_page(*arguments):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _end_group(process.pid)
             os.close(ours_read)
             os.close(ours_write)
+
+
+def _end_group(leader):
+    """Until none is left: a helper of the browser that outlives it writes into the profile while that is removed."""
+    deadline = time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(leader, signal.SIGKILL)
+            time.sleep(0.01)
