@@ -4,17 +4,20 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 
-suites=(unit distributed cluster e2e)
-if nvidia-smi >/dev/null 2>&1; then suites+=(gpu); fi
+fast=false
 if [ "${1:-}" = --fast ]; then
-    suites=(unit)
+    fast=true
     shift
 fi
+arguments=("$@")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
 
+logs="$(mktemp -d)"
+declare -A running=()
 summary=()
 failed=0
+
 check() { # name, command ...
     local name="$1" started=$SECONDS verdict=ok
     shift
@@ -23,27 +26,53 @@ check() { # name, command ...
     summary+=("$(printf '%-20s %-7s %4d s' "$name" "$verdict" $((SECONDS - started)))")
 }
 
-types() { # of mypy, which works beside the tests
-    wait "$mypy"
-    local code=$?
-    cat "$mypy_log"
+begin() { # name, command ...: works beside what follows, in a process group of its own
+    local name="$1"
+    shift
+    set -m
+    "$@" >"$logs/$name" 2>&1 </dev/null &
+    set +m
+    running[$name]=$!
+}
+
+ended() { # name: wait for it, and show what it said
+    local code
+    wait "${running[$1]}"
+    code=$?
+    unset "running[$1]"
+    cat "$logs/$1"
     return "$code"
 }
 
-mypy_log="$(mktemp)"
-"$VENV/bin/python" -m mypy >"$mypy_log" 2>&1 &
-mypy=$!
-trap 'kill "$mypy" 2>/dev/null; rm -f "$mypy_log"' EXIT
+end_all() { # as Ctrl-C would: tests stop what they started
+    local name
+    for name in "${!running[@]}"; do
+        kill -INT -- "-${running[$name]}" 2>/dev/null && wait "${running[$name]}"
+    done
+    rm -rf "$logs"
+}
+trap end_all EXIT
+
+suite() { # name, arguments for pytest besides the user's; a choice of tests (-k) may have none in this suite
+    local code name="$1"
+    shift
+    "$VENV/bin/python" -m pytest -q --timeout=900 "tests/$name" "$@" "${arguments[@]}"
+    code=$?
+    [ "$code" = 5 ] && [ "${#arguments[@]}" -gt 0 ] && return 0
+    return "$code"
+}
+
+begin mypy "$VENV/bin/python" -m mypy
 check ruff "$VENV/bin/python" -m ruff check .
-for suite in "${suites[@]}"; do
-    if compgen -G "tests/$suite/test_*.py" >/dev/null; then
-        spread=()
-        [ "$suite" = unit ] && spread=(-n 2)
-        [ "$suite" = e2e ] && spread=(-n 2 --dist loadfile) # a file's tests go on from each other
-        check "tests/$suite" "$VENV/bin/python" -m pytest -q --timeout=900 "${spread[@]}" "tests/$suite" "$@"
-    fi
-done
-check mypy types
+check tests/unit suite unit -n 2
+if [ "$fast" = false ]; then
+    begin cluster suite cluster # waits for actors more than it computes
+    check tests/distributed suite distributed
+    check tests/e2e suite e2e -n 2 --dist loadfile # a file's tests go on from each other
+    check tests/cluster ended cluster
+    if nvidia-smi >/dev/null 2>&1; then check tests/gpu suite gpu; fi
+fi
+check mypy ended mypy
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"
