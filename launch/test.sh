@@ -13,8 +13,6 @@ arguments=("$@")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
 
-logs="$(mktemp -d)"
-declare -A running=()
 summary=()
 failed=0
 
@@ -26,32 +24,13 @@ check() { # name, command ...
     summary+=("$(printf '%-20s %-7s %4d s' "$name" "$verdict" $((SECONDS - started)))")
 }
 
-begin() { # name, command ...: works beside what follows, in a process group of its own
-    local name="$1"
-    shift
-    set -m
-    "$@" >"$logs/$name" 2>&1 </dev/null &
-    set +m
-    running[$name]=$!
-}
-
-ended() { # name: wait for it, and show what it said
+types() { # of mypy, which works beside the tests
     local code
-    wait "${running[$1]}"
+    wait "$mypy"
     code=$?
-    unset "running[$1]"
-    cat "$logs/$1"
+    cat "$mypy_log"
     return "$code"
 }
-
-end_all() { # as Ctrl-C would: tests stop what they started
-    local name
-    for name in "${!running[@]}"; do
-        kill -INT -- "-${running[$name]}" 2>/dev/null && wait "${running[$name]}"
-    done
-    rm -rf "$logs"
-}
-trap end_all EXIT
 
 suite() { # name, arguments for pytest besides the user's; a choice of tests (-k) may have none in this suite
     local code name="$1"
@@ -62,17 +41,19 @@ suite() { # name, arguments for pytest besides the user's; a choice of tests (-k
     return "$code"
 }
 
-begin mypy "$VENV/bin/python" -m mypy
+mypy_log="$(mktemp)"
+"$VENV/bin/python" -m mypy >"$mypy_log" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null; rm -f "$mypy_log"' EXIT
 check ruff "$VENV/bin/python" -m ruff check .
-check tests/unit suite unit -n 2
+check tests/unit suite unit -n "$(nproc)"
 if [ "$fast" = false ]; then
-    begin cluster suite cluster # waits for actors more than it computes
-    check tests/distributed suite distributed
+    check tests/distributed suite distributed -n 2 --dist loadfile
+    check tests/cluster suite cluster # by itself: others' Rays on one machine take its ports
     check tests/e2e suite e2e -n 2 --dist loadfile # a file's tests go on from each other
-    check tests/cluster ended cluster
     if nvidia-smi >/dev/null 2>&1; then check tests/gpu suite gpu; fi
 fi
-check mypy ended mypy
+check mypy types
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"

@@ -30,7 +30,7 @@ async def main(model: str, run_dir: str, address: str) -> None:
             "tools.num_servers=1",
             "judge.num_servers=1",
             "rollout.num_workers=1",
-            "learner.num_ranks=2",
+            "learner.num_ranks=1",
             "learner.token_budget=512",
             f"cluster.address={address}",
             "cluster.shared_gpus=true",  # there are none: engines only stand still while the learner works
