@@ -91,6 +91,16 @@ async def test_what_is_not_wanted_any_more_is_not_started(nodes, fake_model):
         assert (await rollouts.group()).members[0].reward.valid
 
 
+async def test_no_more_start_than_there_are_places(nodes, fake_model):
+    async with Rollouts(fake_model, num_workers=1, max_workers=1) as rollouts:
+        rollouts.pool.scale(2)
+        state = rollouts.pool.state
+        assert (state.wanted, state.serving, state.starting, state.leaving) == (1, 1, 0, 0)
+        assert state.failure == "each needs the GPU of a learner rank (cluster.shared_gpus), of which there are 1"
+        rollouts.pool.scale(1)
+        assert rollouts.pool.state.failure == ""
+
+
 async def test_one_who_joins_in_the_middle_of_an_update_has_the_new_weights(nodes, tiny_model, tmp_path):
     async with synced(nodes, tiny_model, tmp_path) as live:
         await live.weights.publish(0)

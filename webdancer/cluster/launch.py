@@ -32,7 +32,7 @@ from webdancer.agent.tokenizer import load_tokenizer
 from webdancer.cluster.calls import answer, answers, kill, spawn
 from webdancer.cluster.connection import cluster, cluster_size, largest_node_gpus
 from webdancer.cluster.learner_actor import LearnerActor
-from webdancer.cluster.placement import Resources, label, num_local_cpus, plan_resources, rank_bundle, shares_gpus
+from webdancer.cluster.placement import Resources, in_pairs, label, num_local_cpus, plan_resources, rank_bundle, shares_gpus
 from webdancer.cluster.pool import WorkerPool
 from webdancer.cluster.scaling import scalable
 from webdancer.cluster.servers import JudgeServer, LedgerServer, ToolServer
@@ -76,7 +76,7 @@ async def services(config: Config, *, parts: Set[str] = PARTS, make_engine: Make
         starting: Starting = []
         if "learner" in parts:
             group = _learner_group(stack, config, resources)
-            if shares_gpus(config) and "num_gpus" in resources.rank:
+            if in_pairs(config, resources):
                 here = PlacementGroupSchedulingStrategy(placement_group=group)
                 resources = replace(resources, worker={**resources.worker, "scheduling_strategy": here})
         ledger = _spawn_ledger(stack, config, starting) if _needs_ledger(config) else None
@@ -230,6 +230,7 @@ def _make_pool(stack: AsyncExitStack, config: Config, resources: Resources, live
         start_timeout_s=config.rollout.start_timeout_s,
         heartbeat_timeout_s=config.rollout.heartbeat_timeout_s,
         drain_timeout_s=config.rollout.drain_timeout_s,
+        max_workers=config.learner.num_ranks if in_pairs(config, resources) else None,
     )
     stack.push_async_callback(pool.stop)
     return pool

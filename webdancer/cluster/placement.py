@@ -102,9 +102,14 @@ def shares_gpus(config: Config) -> bool:
     return config.cluster.shared_gpus and config.rollout.num_workers > 0 and config.learner.num_ranks > 0
 
 
+def in_pairs(config: Config, resources: Resources) -> bool:
+    """Whether each engine is on the GPU of a learner rank; without GPUs, engines that sleep are where there is room."""
+    return shares_gpus(config) and "num_gpus" in resources.rank
+
+
 def rank_bundle(config: Config, resources: Resources) -> dict[str, float]:
     """What a learner rank needs where it is, and with it the engine that shares its GPU."""
-    if shares_gpus(config) and "num_gpus" in resources.rank:
+    if in_pairs(config, resources):
         return {"CPU": float(config.learner.threads + config.engine.threads), "GPU": 1.0}
     gpus = resources.rank.get("num_gpus", 0.0)
     return {"CPU": float(config.learner.threads)} | ({"GPU": gpus} if gpus else {})

@@ -62,7 +62,7 @@ class PooledWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolState:
-    """`failure`: why the last worker that did not start did not."""
+    """`failure`: why the last worker that did not start did not, or may not."""
 
     wanted: int
     serving: int
@@ -72,7 +72,8 @@ class PoolState:
 
 
 class WorkerPool:
-    """`spawn(name)` makes an actor of RolloutWorker; `capacity` bounds the episodes of one worker, until it reports another.
+    """`spawn(name)` makes an actor of RolloutWorker; `capacity` bounds the episodes of one worker, until it reports another; `max_workers`
+    is for how many there is a learner rank's GPU, where they need one.
 
     Timeouts: see config.RolloutConfig.
     """
@@ -86,6 +87,7 @@ class WorkerPool:
         start_timeout_s: float,
         heartbeat_timeout_s: float = 60.0,
         drain_timeout_s: float = 120.0,
+        max_workers: int | None = None,
     ) -> None:
         self._spawn = spawn
         self._num_workers = num_workers
@@ -93,6 +95,7 @@ class WorkerPool:
         self._start_timeout_s = start_timeout_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._drain_timeout_s = drain_timeout_s
+        self._max_workers = max_workers
         self._names = itertools.count()
         self._runs = itertools.count()
         self._workers: list[PooledWorker] = []
@@ -160,8 +163,10 @@ class WorkerPool:
     def scale(self, num_workers: int) -> None:
         """Have so many workers from now on; `state` says how far that is."""
         assert num_workers >= 1, num_workers
-        self._num_workers = num_workers
-        self._not_started = ""
+        self._num_workers, self._not_started = num_workers, ""
+        if self._max_workers is not None and num_workers > self._max_workers:
+            self._num_workers = self._max_workers
+            self._not_started = f"each needs the GPU of a learner rank (cluster.shared_gpus), of which there are {self._max_workers}"
         self._balance()
 
     async def sleep(self) -> None:
