@@ -21,7 +21,7 @@ import torch
 from webdancer.data.tasks import read_tasks
 from webdancer.telemetry.telemetry import read_metrics
 
-START_S = 150.0
+START_S = 300.0
 """For Ray, engine and learner to start on a busy machine."""
 
 
