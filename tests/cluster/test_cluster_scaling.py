@@ -157,7 +157,7 @@ async def test_an_engine_is_on_one_node_with_its_gpus_and_tools_are_on_others(ra
             for options, bundle in [(resources.worker, -1), (resources.worker, -1), (resources.rank, 0), (resources.rank, 1)]:
                 where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
                 actors.append(spawn(CountingTools, {**options, "scheduling_strategy": where}))
-                gpus.append(await answer(actors[-1].gpus.remote(), stage="place", timeout_s=60))  # engines first: as a program starts
+                gpus.append(await answer(actors[-1].gpus.remote(), stage="place", timeout_s=120))  # engines first: as a program starts
             assert len(gpus[0]) == 1
             assert sorted(gpus[:2]) == sorted(gpus[2:]), "each engine is on the GPU of one rank"
             assert gpus[0] != gpus[1]
