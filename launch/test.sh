@@ -49,7 +49,7 @@ check ruff "$VENV/bin/python" -m ruff check .
 check tests/unit suite unit -n "$(nproc)"
 if [ "$fast" = false ]; then
     check tests/distributed suite distributed -n 2 --dist loadfile
-    check tests/cluster suite cluster # by itself: others' Rays on one machine take its ports
+    check tests/cluster suite cluster # by itself: beside tests/e2e on two cores, starts came too late for both
     check tests/e2e suite e2e -n 2 --dist loadfile # a file's tests go on from each other
     if nvidia-smi >/dev/null 2>&1; then check tests/gpu suite gpu; fi
 fi
